@@ -1,0 +1,1 @@
+"""SAM-Mix in JAX: segmentation of medical images from few labelled slices."""

@@ -1,0 +1,166 @@
+"""Every setting of a run, with its default. The files in `configs/` state only what they change.
+
+Certainty of a default, where it stands for a fact of the paper:
+S stated by the authors, F shown in their figure, L from the group's later code, G a guess.
+"""
+
+import json
+import pathlib
+
+import ml_collections
+
+from sammix_jax.data.files import read_json, write_json
+from sammix_jax.errors import UserError
+
+# What may differ between the run that made a workdir and a later use of it: where things lie and
+# how results are reported, never what was trained or how images are normalised.
+FREE_FIELDS = ("data.root", "data.store", "data.workers", "evaluate", "log", "checkpoint")
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The paper's method on LiTS-like folders."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+
+    config.data = data = ml_collections.ConfigDict()
+    data.root = ""  # folder of scans; "" makes the phantom
+    data.organ = "liver"
+    data.label_values = ()  # label values that count as the organ; () takes the layout's
+    data.store = ""  # slice store; "" is WORKDIR/store
+    data.size = 256  # side of the stored slices, pixels (S)
+    data.resize = "fit"  # "fit" keeps proportions and pads, "stretch" fills the square (S)
+    data.central_fraction = 1.0  # central part of each scan's slices; the authors keep 0.3 (S)
+    data.split = (91, 13, 27)  # train, val, test, by patient (G)
+    data.split_file = ""  # a split.json to use instead of drawing one
+    data.labelled_slices = 50  # k; 0 uses every positive slice (S: 5, 50, 100)
+    data.labels_file = ""  # a labels.json to use instead of drawing one
+    data.seed = 0  # of the split and of the draw of labelled slices
+    data.workers = 0  # threads that prepare; 0 is one per core
+    data.phantom = phantom = ml_collections.ConfigDict()
+    phantom.scans = 0
+    phantom.unlabelled = 0  # how many of them get no mask
+    phantom.domain = "portal"  # or "unenhanced"
+    phantom.seed = 0
+
+    config.input = inputs = ml_collections.ConfigDict()
+    inputs.window = (-160.0, 240.0)  # HU (S)
+    inputs.normalise = "minmax"  # per slice to [0, 1] (L); "unit" scales the window, "sam" adds
+    #                              SAM's mean and standard deviation
+
+    config.model = model = ml_collections.ConfigDict()
+    model.sam = "vit_b"  # mini, vit_b, vit_l, vit_h (L)
+    model.image_size = 1024  # side of SAM's input, pixels (L)
+    model.lora_rank = 8  # (S)
+    model.lora_targets = ("q", "v")  # (L)
+    model.classifier = "resnet38"  # (F for ResNet-38, G for model A1); resnet18/34/50, mini
+    model.classifier_stride = 32  # (F); 8 is the dilated form
+    model.mask_choice = "argmax_iou"  # of three (F/G); "single" takes SAM's single-mask token
+    model.dtype = "float32"  # compute dtype of SAM and the classifier; parameters stay float32
+    model.remat = False  # recompute encoder blocks in the backward pass
+
+    config.cam = cam = ml_collections.ConfigDict()
+    cam.threshold = 0.2  # of the CAM's peak (F)
+    cam.component = "largest"  # (F); "peak" holds the peak, "all" keeps every component
+    cam.fusion = "add"  # CAM mask added to the image embeddings (F for ⊕, G for add); "none"
+    cam.box = True  # the CAM's box prompts the decoder (S)
+
+    config.loss = loss = ml_collections.ConfigDict()
+    loss.classification = 1.0  # (L)
+    loss.segmentation = 0.5  # (L)
+    loss.dice_smooth = 1.0  # (L)
+    loss.bce = 0.0  # weight of cross-entropy beside Dice
+    loss.iou = 0.0  # weight of the IoU head's regression
+
+    config.train = train = ml_collections.ConfigDict()
+    # What is trained, by regular expressions on parameter paths; the rest is frozen (L).
+    train.trainable = (
+        r"sam/image_encoder/.*/lora_.*",
+        r"sam/prompt_encoder/(?!position_encoding).*",
+        r"sam/mask_decoder/.*",
+        r"classifier/.*",
+    )
+    train.epochs = 10.0  # (S: 90% fewer than the baselines' 100)
+    train.steps = 0  # overrides epochs
+    train.batch_labelled = 1  # slices that train both tasks (L: batch 1)
+    train.batch_unlabelled = 1  # slices that train the classifier alone
+    train.learning_rate = 1e-4  # (L)
+    train.schedule = "constant"  # (L); "cosine" decays to zero
+    train.warmup_steps = 0
+    train.weight_decay = 0.0
+    train.clip_norm = 0.0  # global gradient norm; 0 does not clip
+    train.augment = False  # random affine and intensity changes on the device
+
+    config.evaluate = evaluate = ml_collections.ConfigDict()
+    evaluate.part = "test"  # train, val or test
+    evaluate.root = ""  # evaluate every labelled scan of this folder instead
+    evaluate.protocols = ("cam", "gt_box", "none")
+    evaluate.gate = True  # slices that the classifier calls negative get an empty mask
+    evaluate.batch = 8
+
+    config.checkpoint = checkpoint = ml_collections.ConfigDict()
+    checkpoint.every_steps = 100
+    checkpoint.keep = 2
+
+    config.log = log = ml_collections.ConfigDict()
+    log.every_steps = 10
+    log.validate_every_steps = 100
+    return config
+
+
+def claim_workdir(config, workdir) -> None:
+    """Pins the config to its workdir, or checks that the workdir is this config's.
+
+    Raises:
+      UserError: the workdir belongs to another config; names the differing fields.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        write_json(path, json.loads(config.to_json()))
+        return
+    saved, given = _flat(read_json(path)), _flat(json.loads(config.to_json()))
+    differing = [
+        f"{key}={saved.get(key)} (now {given.get(key)})"
+        for key in sorted(saved | given)
+        if saved.get(key) != given.get(key) and not _is_free(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{path}: this workdir was made with {', '.join(differing)}; give another --workdir, "
+            "or the same settings."
+        )
+
+
+def load_config(workdir) -> ml_collections.ConfigDict:
+    """The config that a workdir was made with.
+
+    Raises:
+      UserError: no run there.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; --workdir must be the folder of a training run.")
+    config = default_config()
+    _update(config, read_json(path), path)
+    return config
+
+
+def _update(config, fields: dict, path) -> None:
+    for key, value in fields.items():
+        if key not in config:
+            raise UserError(f"{path}: unknown field {key}; it was written by another version.")
+        if isinstance(value, dict):
+            _update(config[key], value, path)
+        else:
+            config[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _flat(fields: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in fields.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return any(key == field or key.startswith(f"{field}.") for field in FREE_FIELDS)

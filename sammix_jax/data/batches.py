@@ -1,0 +1,88 @@
+"""Training batches as a function of (seed, step): resuming needs no iterator state.
+
+Every batch has two parts of fixed size: slices that lend their masks, and slices that give their
+image-level label alone. So every step trains both tasks, and shapes never change.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+
+import numpy as np
+
+from sammix_jax.data.slices import SliceId, SliceStore
+from sammix_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """`batches(step)` gives the batch of that step, whatever steps came before.
+
+    Attributes:
+      labelled: slices with masks (the k labelled slices).
+      unlabelled: slices of which only the image-level label is used.
+      sizes: how many of each are in a batch.
+      seed: of the order in which they come.
+    """
+
+    store: SliceStore
+    labelled: tuple[SliceId, ...]
+    unlabelled: tuple[SliceId, ...]
+    sizes: tuple[int, int]
+    seed: int
+
+    def __post_init__(self):
+        if self.sizes[0] < 1:
+            raise UserError(f"train.batch_labelled={self.sizes[0]}: expected at least 1.")
+        if self.sizes[1] and not self.unlabelled:
+            raise UserError(
+                f"train.batch_unlabelled={self.sizes[1]}, but the label file holds every training "
+                "slice; set it to 0."
+            )
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of `step`.
+
+        Returns:
+          hu: (L + U, size, size) int16, the labelled slices first.
+          mask: (L, size, size) uint8.
+          organ_present: (L + U,) int32 in {0, 1}.
+        """
+        labelled = self._draw(self.labelled, self.sizes[0], step, stream=0)
+        unlabelled = self._draw(self.unlabelled, self.sizes[1], step, stream=1)
+        both = labelled + unlabelled
+        return {
+            "hu": np.stack([self.store.hu(s) for s in both]),
+            "mask": np.stack([self.store.mask(s) for s in labelled]),
+            "organ_present": np.array([self.store.organ_present(s) for s in both], np.int32),
+        }
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which each slice with an image-level label comes about once."""
+        return (len(self.labelled) + len(self.unlabelled)) / sum(self.sizes)
+
+    def _draw(self, pool, size: int, step: int, stream: int) -> list[SliceId]:
+        """`size` slices: the pool is shuffled anew for each pass over it."""
+        positions = range(step * size, (step + 1) * size)
+        return [
+            pool[_order(len(pool), self.seed, stream, p // len(pool))[p % len(pool)]]
+            for p in positions
+        ]
+
+
+def prefetch(batches: Batches, start: int, stop: int, place):
+    """Yields `place(batches(step))` for each step, the next one made while this one is in use."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        make = lambda step: place(batches(step))  # noqa: E731
+        pending = pool.submit(make, start) if start < stop else None
+        for step in range(start, stop):
+            batch = pending.result()
+            if step + 1 < stop:
+                pending = pool.submit(make, step + 1)
+            yield step, batch
+
+
+@functools.lru_cache(maxsize=8)
+def _order(count: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, epoch]).permutation(count)

@@ -1,0 +1,173 @@
+"""Finds scans and their masks in the folder layouts that people already have.
+
+- LiTS: `volume-N.nii[.gz]` with `segmentation-N.nii[.gz]`, in one folder or in folders below it.
+- Medical Segmentation Decathlon, nnU-Net: `imagesTr/`, `labelsTr/` (and `imagesTs/`, unlabelled).
+- TotalSegmentator: `sNNNN/ct.nii.gz` with `sNNNN/segmentations/ORGAN.nii.gz`.
+
+Files pair by the number or name they carry, never by directory order. A scan without a mask is an
+unlabelled scan; a mask without a scan is an error.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+from sammix_jax.data.volumes import is_nifti, stem
+from sammix_jax.errors import UserError
+
+LITS_ORGANS = {"liver": (1, 2), "tumour": (2,)}
+# A lesion drawn with a label of its own still belongs to the organ it lies in (LiTS, Task03).
+LESION_NAMES = {"cancer", "tumour", "tumor", "lesion"}
+LAYOUTS = (
+    "LiTS (volume-N.nii, segmentation-N.nii), Medical Segmentation Decathlon or nnU-Net "
+    "(imagesTr/, labelsTr/), TotalSegmentator (sNNNN/ct.nii.gz, sNNNN/segmentations/)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """A scan on disk. `label` is None for an unlabelled scan; `label_values` count as the organ."""
+
+    name: str
+    image: pathlib.Path
+    label: pathlib.Path | None
+    label_values: tuple[int, ...] = (1,)
+
+
+def find_scans(root, organ: str, label_values: tuple[int, ...] = ()) -> list[Scan]:
+    """All scans below `root`, in natural order of their names.
+
+    Args:
+      root: a folder in one of the three layouts.
+      organ: the structure to segment; must be one that the layout names.
+      label_values: overrides the label values that count as the organ (label files with several).
+
+    Raises:
+      UserError: no such folder, no known layout, an unknown organ, a mask without its scan, or two
+        files for one scan.
+    """
+    root = pathlib.Path(root)
+    if not root.is_dir():
+        raise UserError(f"data.root={root}: no such folder; give the folder that holds the scans.")
+    for find in (_find_decathlon, _find_totalsegmentator, _find_lits):
+        scans = find(root, organ)
+        if scans:
+            break
+    else:
+        found = sorted(p.name for p in root.iterdir())[:5]
+        raise UserError(
+            f"data.root={root}: no scans found (it holds {found or 'nothing'}), expected one of: "
+            f"{LAYOUTS}."
+        )
+    if label_values:
+        scans = [dataclasses.replace(s, label_values=tuple(label_values)) for s in scans]
+    return sorted(scans, key=lambda s: natural(s.name))
+
+
+def natural(name: str) -> list:
+    """A sort key in which scan-2 comes before scan-10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _find_lits(root: pathlib.Path, organ: str) -> list[Scan]:
+    images = _by_name(root.rglob("volume-*.nii*"), lambda s: s.removeprefix("volume-"))
+    labels = _by_name(root.rglob("segmentation-*.nii*"), lambda s: s.removeprefix("segmentation-"))
+    if not images and not labels:
+        return []
+    if organ not in LITS_ORGANS:
+        raise UserError(
+            f"data.organ={organ}: LiTS labels hold {sorted(LITS_ORGANS)}; choose one of these."
+        )
+    _refuse_orphans(images, labels, "volume-{}.nii")
+    return [
+        Scan(f"volume-{key}", images[key], labels.get(key), LITS_ORGANS[organ]) for key in images
+    ]
+
+
+def _find_decathlon(root: pathlib.Path, organ: str) -> list[Scan]:
+    if not (root / "imagesTr").is_dir():
+        return []
+    # nnU-Net numbers its channels; CT has the one, _0000.
+    images = _by_name((root / "imagesTr").iterdir(), lambda s: re.sub(r"_0000$", "", s))
+    labels = _by_name((root / "labelsTr").glob("*"), str)
+    unlabelled = _by_name((root / "imagesTs").glob("*"), lambda s: re.sub(r"_0000$", "", s))
+    values = _decathlon_values(root, organ) if labels else (1,)
+    _refuse_orphans(images, labels, "imagesTr/{}.nii.gz")
+    repeated = sorted(set(images) & set(unlabelled))
+    if repeated:
+        raise UserError(
+            f"{root}: {repeated[:5]} stand in imagesTr and in imagesTs; keep each scan once, or a "
+            "test scan trains the model."
+        )
+    scans = [Scan(key, images[key], labels.get(key), values) for key in images]
+    return scans + [Scan(key, path, None, values) for key, path in unlabelled.items()]
+
+
+def _decathlon_values(root: pathlib.Path, organ: str) -> tuple[int, ...]:
+    """The organ's label values by dataset.json, in the Decathlon's or in nnU-Net's form."""
+    path = root / "dataset.json"
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file, so the label value of data.organ={organ} is unknown; add it, "
+            'as {"labels": {"background": 0, "' + organ + '": 1}}.'
+        )
+    try:
+        labels = json.loads(path.read_text())["labels"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected JSON with a field 'labels' ({error!r}).") from error
+    values: dict[str, tuple[int, ...]] = {}
+    for key, value in labels.items():
+        name, number = (value, key) if str(key).isdigit() else (key, value)
+        numbers = number if isinstance(number, list) else [number]
+        values[str(name).lower()] = tuple(int(n) for n in numbers)
+    if organ not in values:
+        known = sorted(set(values) - {"background", "ignore"})
+        raise UserError(f"data.organ={organ}: {path} names {known}; choose one of these.")
+    lesions = tuple(n for name in sorted(LESION_NAMES & set(values)) for n in values[name])
+    return tuple(sorted({*values[organ], *(lesions if organ == "liver" else ())}))
+
+
+def _find_totalsegmentator(root: pathlib.Path, organ: str) -> list[Scan]:
+    images = sorted(root.glob("*/ct.nii.gz")) + sorted(root.glob("*/ct.nii"))
+    for folder in sorted(root.glob("*/segmentations")):
+        if not any(image.parent == folder.parent for image in images):
+            raise UserError(
+                f"{folder}: masks without their scan, expected {folder.parent / 'ct.nii.gz'}; "
+                "copy the scan there or remove the folder."
+            )
+    scans, organs = [], set()
+    for image in images:
+        folder = image.parent / "segmentations"
+        masks = {stem(p): p for p in folder.glob("*.nii*")}
+        organs |= set(masks)
+        scans.append(Scan(image.parent.name, image, masks.get(organ)))
+    if organs and not any(scan.label for scan in scans):
+        raise UserError(
+            f"data.organ={organ}: no scan below {root} has segmentations/{organ}.nii.gz; there are "
+            f"{sorted(organs)}; choose one of these."
+        )
+    return scans
+
+
+def _by_name(paths, key) -> dict[str, pathlib.Path]:
+    """NIfTI files by the key of their names; the same key twice is an error."""
+    found: dict[str, pathlib.Path] = {}
+    for path in sorted(paths):
+        # Hidden files are what macOS archives and interrupted writes leave behind.
+        if not is_nifti(path) or path.name.startswith("."):
+            continue
+        name = key(stem(path))
+        if name in found:
+            raise UserError(f"{path} and {found[name]} are both scan {name}; keep one of them.")
+        found[name] = path
+    return found
+
+
+def _refuse_orphans(images: dict, labels: dict, expected: str) -> None:
+    orphans = sorted(set(labels) - set(images), key=natural)
+    if orphans:
+        raise UserError(
+            f"{labels[orphans[0]]}: a mask without its scan, expected {expected.format(orphans[0])}"
+            f" ({len(orphans)} such masks); copy the scan there or remove the mask."
+        )

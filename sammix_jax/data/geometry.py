@@ -1,0 +1,77 @@
+"""Between a scan's in-plane grid and the square slices that the model sees."""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+AIR_HU = -1024
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceGeometry:
+    """Where a slice of a scan lies in the square store slice, in pixels of the store.
+
+    Attributes:
+      shape: (H, W) of the scan's slices.
+      size: side of the square store slice.
+      top, left, height, width: the part of the square that the slice fills; the rest is air.
+    """
+
+    shape: tuple[int, int]
+    size: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def image_to_square(self, image: np.ndarray) -> np.ndarray:
+        """(H, W) int16 HU → (size, size) int16 HU, bilinear with antialiasing, padded with air."""
+        square = np.full((self.size, self.size), AIR_HU, np.int16)
+        resized = _resize(image, (self.height, self.width))
+        square[self._filled] = np.clip(np.rint(resized), -32768, 32767)
+        return square
+
+    def mask_to_square(self, mask: np.ndarray) -> np.ndarray:
+        """(H, W) bool → (size, size) bool: a pixel is inside where at least half of it is."""
+        square = np.zeros((self.size, self.size), bool)
+        square[self._filled] = _resize(mask, (self.height, self.width)) >= 0.5
+        return square
+
+    def logits_to_scan(self, logits: np.ndarray) -> np.ndarray:
+        """(size, size) float logits → (H, W) float32, bilinear."""
+        return _resize(logits[self._filled], self.shape)
+
+    @property
+    def _filled(self) -> tuple[slice, slice]:
+        rows = slice(self.top, self.top + self.height)
+        return rows, slice(self.left, self.left + self.width)
+
+
+def slice_geometry(
+    shape: tuple[int, int], spacing: tuple[float, float], size: int, resize: str
+) -> SliceGeometry:
+    """The geometry for a scan's slices.
+
+    Args:
+      shape: (H, W) of the slices in pixels.
+      spacing: (H, W) pixel size in mm.
+      size: side of the square.
+      resize: `"fit"` keeps the body's proportions (pixels become square in mm, the longer side
+        fills the square, the rest is padded evenly); `"stretch"` fills the square, as the paper
+        does.
+    """
+    if resize == "stretch":
+        return SliceGeometry(shape, size, 0, 0, size, size)
+    if resize != "fit":
+        raise ValueError(f"resize={resize!r}: expected 'fit' or 'stretch'.")
+    extent = np.multiply(shape, spacing)
+    height, width = (int(n) for n in np.maximum(1, np.rint(size * extent / extent.max())))
+    return SliceGeometry(shape, size, (size - height) // 2, (size - width) // 2, height, width)
+
+
+def _resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Bilinear with half-pixel centres; antialiased where it shrinks. Returns float32."""
+    height, width = shape
+    source = Image.fromarray(np.ascontiguousarray(image, np.float32))
+    return np.asarray(source.resize((width, height), Image.Resampling.BILINEAR))

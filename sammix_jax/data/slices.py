@@ -1,0 +1,131 @@
+"""The slice store: every slice of every scan as int16 HU on one square grid, with a manifest.
+
+Layout, below the store's root:
+    manifest.json        what was prepared, and how; written last, so a store that has it is whole
+    scans/NAME/scan.json what is known of one scan; written last in its folder
+    scans/NAME/hu.npy    (D, size, size) int16
+    scans/NAME/mask.npy  (D, size, size) uint8, 1 inside the organ; only for labelled scans
+"""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+from etils import epath
+
+from sammix_jax.data.geometry import SliceGeometry
+from sammix_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanRecord:
+    """One prepared scan.
+
+    Attributes:
+      name, image, label, label_values: as in `datasets.Scan`; paths as strings, label "" if none.
+      fingerprint: size and modification time of the files, by which a changed scan is noticed.
+      shape, spacing: (D, H, W) of the canonical volume; mm.
+      affine: (4, 4) of the file, row by row; axcodes: the file's orientation.
+      geometry: from the volume's slices to the store's.
+      slices: index of each stored slice in the canonical volume.
+      organ_pixels: organ pixels of each stored slice before resizing; empty if there is no label.
+    """
+
+    name: str
+    image: str
+    label: str
+    label_values: tuple[int, ...]
+    fingerprint: str
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    affine: tuple[tuple[float, ...], ...]
+    axcodes: str
+    geometry: SliceGeometry
+    slices: tuple[int, ...]
+    organ_pixels: tuple[int, ...]
+
+    @property
+    def has_label(self) -> bool:
+        return bool(self.label)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "ScanRecord":
+        fields = {k: _tuples(v) for k, v in fields.items() if k != "geometry"} | {
+            "geometry": SliceGeometry(**{k: _tuples(v) for k, v in fields["geometry"].items()})
+        }
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceId:
+    """A stored slice: the scan's name and the position in its stored slices."""
+
+    scan: str
+    position: int
+
+
+class SliceStore:
+    """Read access to a prepared store; arrays are memory-mapped where the folder is local."""
+
+    def __init__(self, root, params: dict, records: list[ScanRecord]):
+        self.root = epath.Path(root)
+        self.params = params
+        self.records = {record.name: record for record in records}
+        # Each mapped array holds a file descriptor, of which a process commonly has 1024.
+        self._array = functools.lru_cache(maxsize=256)(self._load)
+
+    @classmethod
+    def open(cls, root) -> "SliceStore":
+        """Opens a whole store.
+
+        Raises:
+          UserError: no manifest there, or one of another version.
+        """
+        path = epath.Path(root) / MANIFEST
+        if not path.exists():
+            raise UserError(f"{path}: no such file; run --mode=prepare first.")
+        try:
+            manifest = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: damaged ({error}); delete it and prepare again.") from error
+        if manifest["version"] != VERSION:
+            raise UserError(
+                f"{path}: a store of version {manifest['version']}, this code reads {VERSION}; "
+                "delete the folder and prepare again."
+            )
+        return cls(root, manifest["params"], [ScanRecord.from_json(s) for s in manifest["scans"]])
+
+    def slices(self, scan: str) -> list[SliceId]:
+        return [SliceId(scan, i) for i in range(len(self.records[scan].slices))]
+
+    def organ_present(self, slice_id: SliceId) -> bool:
+        """The image-level label; only for slices of labelled scans."""
+        return self.records[slice_id.scan].organ_pixels[slice_id.position] > 0
+
+    def hu(self, slice_id: SliceId) -> np.ndarray:
+        """(size, size) int16 HU."""
+        return self._array(slice_id.scan, "hu.npy")[slice_id.position]
+
+    def mask(self, slice_id: SliceId) -> np.ndarray:
+        """(size, size) uint8, 1 inside the organ; only for slices of labelled scans."""
+        return self._array(slice_id.scan, "mask.npy")[slice_id.position]
+
+    def _load(self, scan: str, name: str) -> np.ndarray:
+        path = self.root / "scans" / scan / name
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({error}); delete {self.root} and prepare again."
+            ) from error
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,155 @@
+"""Which patients train, validate and test, and which slices lend their masks; kept as files."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from sammix_jax.data.files import read_json, write_json
+from sammix_jax.data.slices import SliceId, SliceStore
+from sammix_jax.errors import UserError
+
+PARTS = ("train", "val", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Names of the scans of each part; by patient, so no patient's slices stand in two parts."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def part(self, name: str) -> tuple[str, ...]:
+        if name not in PARTS:
+            raise UserError(f"evaluate.part={name}: expected one of {', '.join(PARTS)}.")
+        return getattr(self, name)
+
+
+def split_scans(names: list[str], ratio: tuple[int, int, int], seed: int) -> Split:
+    """Draws a split of the labelled scans.
+
+    Args:
+      names: the labelled scans.
+      ratio: parts for train, val and test. Where they add up to the number of scans they are
+        counts (LiTS: 91, 13, 27); else each part gets its share, and at least one scan unless its
+        ratio is 0.
+      seed: of the draw.
+
+    Raises:
+      UserError: fewer scans than parts, or a ratio without training scans.
+    """
+    ratio = tuple(ratio)
+    if len(ratio) != 3 or min(ratio) < 0 or ratio[0] < 1:
+        raise UserError(f"data.split={ratio}: expected three parts (train, val, test), train > 0.")
+    wanted = sum(r > 0 for r in ratio)
+    if len(names) < wanted:
+        raise UserError(
+            f"data.split={ratio}: {len(names)} labelled scans cannot fill {wanted} parts; add "
+            "scans or set parts to 0, as in --config.data.split='(1, 0, 0)'."
+        )
+    val, test = (max(1, round(len(names) * r / sum(ratio))) if r else 0 for r in ratio[1:])
+    order = np.random.default_rng(seed).permutation(len(names))
+    shuffled = [names[i] for i in order]
+    train = len(names) - val - test
+    if train < 1:
+        raise UserError(
+            f"data.split={ratio}: leaves no training scan of {len(names)}; raise the first part."
+        )
+    return Split(
+        tuple(shuffled[:train]),
+        tuple(shuffled[train : train + val]),
+        tuple(shuffled[train + val :]),
+    )
+
+
+def draw_labelled_slices(
+    store: SliceStore, scans: tuple[str, ...], count: int, seed: int
+) -> list[SliceId]:
+    """Draws the slices whose masks train the segmentation, from the positive slices of `scans`.
+
+    Args:
+      count: k of the paper; 0 takes every positive slice.
+
+    Raises:
+      UserError: fewer positive slices than `count`.
+    """
+    positive = [s for scan in scans for s in store.slices(scan) if store.organ_present(s)]
+    if not positive or count > len(positive):
+        raise UserError(
+            f"data.labelled_slices={count}: the {len(scans)} training scans show "
+            f"data.organ={store.params['organ']} on {len(positive)} slices; ask for fewer or add "
+            "scans."
+        )
+    if count == 0:
+        return positive
+    drawn = np.random.default_rng([seed, count]).choice(len(positive), count, replace=False)
+    return [positive[i] for i in sorted(drawn)]
+
+
+def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceId]]:
+    """The run's split and labelled slices: from the config's files, the workdir's, or drawn anew.
+
+    What was drawn is written to `workdir/split.json` and `workdir/labels.json`, in the form that
+    `data.split_file` and `data.labels_file` take.
+    """
+    workdir = pathlib.Path(workdir)
+    labelled = [r.name for r in store.records.values() if r.has_label]
+    if not labelled:
+        raise UserError(
+            f"{store.root}: none of the {len(store.records)} scans has a mask; training needs some."
+        )
+    split_path = pathlib.Path(config.data.split_file or workdir / "split.json")
+    if split_path.exists() or config.data.split_file:
+        split = _read_split(split_path, set(labelled))
+    else:
+        split = split_scans(labelled, config.data.split, config.data.seed)
+        write_json(split_path, dataclasses.asdict(split))
+
+    labels_path = pathlib.Path(config.data.labels_file or workdir / "labels.json")
+    if labels_path.exists() or config.data.labels_file:
+        labels = _read_labels(labels_path, store, split)
+    else:
+        labels = draw_labelled_slices(
+            store, split.train, config.data.labelled_slices, config.data.seed
+        )
+        # The canonical slice index, which still holds for a store of other slices.
+        write_json(
+            labels_path,
+            [{"scan": s.scan, "slice": store.records[s.scan].slices[s.position]} for s in labels],
+        )
+    return split, labels
+
+
+def _read_split(path: pathlib.Path, labelled: set[str]) -> Split:
+    fields = read_json(path)
+    if not isinstance(fields, dict) or set(fields) != set(PARTS):
+        raise UserError(f"{path}: expected an object with the lists {', '.join(PARTS)}.")
+    names = [name for part in PARTS for name in fields[part]]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise UserError(f"{path}: {repeated} stand in two parts; a patient belongs to one.")
+    unknown = sorted(set(names) - labelled)
+    if unknown:
+        raise UserError(f"{path}: {unknown} are no labelled scans of this data set; remove them.")
+    return Split(**{part: tuple(fields[part]) for part in PARTS})
+
+
+def _read_labels(path: pathlib.Path, store: SliceStore, split: Split) -> list[SliceId]:
+    labels = []
+    for entry in read_json(path):
+        try:
+            scan, index = entry["scan"], entry["slice"]
+        except (TypeError, KeyError) as error:
+            raise UserError(f'{path}: {entry!r}: expected {{"scan": …, "slice": …}}.') from error
+        if scan not in split.train:
+            raise UserError(
+                f"{path}: {scan} is no training scan; a label file must not reach past "
+                "the training patients."
+            )
+        if index not in store.records[scan].slices:
+            raise UserError(f"{path}: {scan} has no slice {index} in {store.root}.")
+        labels.append(SliceId(scan, store.records[scan].slices.index(index)))
+    if not labels:
+        raise UserError(f"{path}: names no slice; expected at least one labelled slice.")
+    return labels

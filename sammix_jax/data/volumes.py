@@ -1,0 +1,206 @@
+"""NIfTI scans and masks, read into one canonical orientation and written back onto their own grid.
+
+Canonical arrays are (D, H, W): D runs to the patient's Superior, H to Posterior and W to Left, so a
+slice drawn with `imshow` is the radiological view (anterior up, the patient's right on the left).
+Reorientation only permutes and flips axes: every voxel keeps its value and its place in the world.
+"""
+
+import dataclasses
+import pathlib
+import zlib
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from sammix_jax.data.files import whole_file
+from sammix_jax.errors import UserError
+
+CANONICAL = ("L", "P", "S")
+SUFFIXES = (".nii", ".nii.gz")
+# Two exports of one scan differ in the last digits of their affines; a hundredth of a millimetre is
+# far below any voxel and far above rounding.
+AFFINE_TOLERANCE_MM = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A scan in canonical orientation, with all that is needed to write a mask on its own grid.
+
+    Attributes:
+      path: the file it came from.
+      hu: (D, H, W) int16, Hounsfield units.
+      spacing: (D, H, W) voxel size in mm.
+      affine: (4, 4) float64, the file's own affine (file voxel order → RAS+ mm).
+      orientation: (3, 2) nibabel orientation of the file's axes.
+    """
+
+    path: pathlib.Path
+    hu: np.ndarray
+    spacing: tuple[float, float, float]
+    affine: np.ndarray
+    orientation: np.ndarray
+
+    @property
+    def axcodes(self) -> str:
+        """The file's own orientation, such as `"RAS"`."""
+        return "".join(nib.orientations.ornt2axcodes(self.orientation))
+
+    @property
+    def voxel_ml(self) -> float:
+        """The volume of one voxel in millilitres."""
+        return float(np.prod(self.spacing)) / 1000.0
+
+
+def is_nifti(path) -> bool:
+    """Whether the file's name ends as a NIfTI file's does."""
+    return pathlib.Path(path).name.endswith(SUFFIXES)
+
+
+def stem(path) -> str:
+    """The file's name without `.nii` or `.nii.gz`."""
+    name = pathlib.Path(path).name
+    return name.removesuffix(".gz").removesuffix(".nii")
+
+
+def read_volume(path) -> Volume:
+    """Reads a CT scan.
+
+    Raises:
+      UserError: not a whole 3D NIfTI file, non-finite or constant voxels, or an unusable affine.
+    """
+    path = pathlib.Path(path)
+    image, voxels = _read(path)
+    if not np.issubdtype(voxels.dtype, np.integer) and not np.isfinite(voxels).all():
+        bad = int(np.size(voxels) - np.isfinite(voxels).sum())
+        raise UserError(
+            f"{path}: {bad} of {voxels.size} voxels are NaN or infinite, expected Hounsfield units "
+            "everywhere; fill them (air is -1000) or export the scan again."
+        )
+    low, high = voxels.min(), voxels.max()
+    if low == high:
+        raise UserError(
+            f"{path}: every voxel is {low}, expected a CT scan; the export is empty or broken."
+        )
+    orientation = nib.io_orientation(image.affine)
+    hu = np.clip(np.rint(voxels), -32768, 32767).astype(np.int16)
+    i, j, k = (int(a) for a in _to_canonical(orientation)[:, 0].argsort())
+    zooms = nib.affines.voxel_sizes(image.affine)
+    return Volume(
+        path=path,
+        hu=_canonical(hu, orientation),
+        spacing=(float(zooms[k]), float(zooms[j]), float(zooms[i])),
+        affine=image.affine,
+        orientation=orientation,
+    )
+
+
+def read_mask(path, scan: Volume, label_values: tuple[int, ...]) -> np.ndarray:
+    """Reads the mask that belongs to `scan`: (D, H, W) bool, true where the label is in the values.
+
+    Raises:
+      UserError: unreadable, labels that are no integers, or a grid or affine other than the scan's.
+    """
+    path = pathlib.Path(path)
+    image, voxels = _read(path)
+    shape = tuple(np.shape(voxels))
+    expected = _file_shape(scan)
+    if shape != expected:
+        raise UserError(
+            f"{path}: the mask's grid is {shape}, its scan {scan.path} has {expected}; "
+            "resample the mask onto the scan's grid, or pair it with the scan it was drawn on."
+        )
+    shift = _largest_shift(image.affine, scan.affine, shape)
+    if not shift <= AFFINE_TOLERANCE_MM:  # also catches NaN
+        raise UserError(
+            f"{path}: the mask's affine places its voxels up to {shift:.3g} mm from those of its "
+            f"scan {scan.path}; resample the mask onto the scan, or copy the scan's affine into it "
+            "if the voxels are known to match."
+        )
+    labels = np.rint(voxels)
+    if not np.array_equal(labels, voxels):
+        raise UserError(
+            f"{path}: the mask holds values that are no whole numbers (from {voxels.min()} to "
+            f"{voxels.max()}), expected label values; was it resampled with interpolation?"
+        )
+    return _canonical(np.isin(labels, label_values), scan.orientation)
+
+
+def write_mask(path, mask: np.ndarray, scan: Volume) -> None:
+    """Writes a (D, H, W) mask as uint8 on the scan's own grid.
+
+    Shape, affine, sform and qform with their codes, zooms and units are the scan's. The file
+    appears whole or not at all.
+
+    Raises:
+      UserError: the name is not a NIfTI name, or the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    if not is_nifti(path):
+        raise UserError(f"{path}: a mask is written as .nii or .nii.gz; give such a name.")
+    transform = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt(CANONICAL), scan.orientation
+    )
+    voxels = nib.apply_orientation(mask.astype(np.uint8).transpose(2, 1, 0), transform)
+    source = nib.load(scan.path)
+    header = source.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header["cal_max"], header["cal_min"] = 1, 0
+    # affine=None leaves sform, qform and both codes as the scan's header has them.
+    image = type(source)(np.ascontiguousarray(voxels), None, header)
+    with whole_file(path) as partial:
+        nib.save(image, partial)
+
+
+def _read(path: pathlib.Path):
+    """The nibabel image and its scaled voxels in file order."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file.")
+    if not is_nifti(path):
+        raise UserError(f"{path}: expected a NIfTI file (.nii or .nii.gz); convert the scan first.")
+    try:
+        image = nib.load(path)
+        voxels = np.asanyarray(image.dataobj)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as NIfTI ({error}); the file is truncated or damaged, copy or "
+            "export it again."
+        ) from error
+    if voxels.ndim != 3:
+        raise UserError(
+            f"{path}: the image is {voxels.ndim}D with shape {voxels.shape}, expected one 3D "
+            "volume; save a single phase or stack the slices into one file."
+        )
+    if voxels.dtype.kind not in "iuf":
+        raise UserError(f"{path}: voxels of type {voxels.dtype}, expected plain numbers (HU).")
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+        raise UserError(
+            f"{path}: the affine {image.affine.tolist()} places no volume in space; mend the "
+            "header's sform or qform."
+        )
+    return image, voxels
+
+
+def _to_canonical(orientation: np.ndarray) -> np.ndarray:
+    return nib.orientations.ornt_transform(orientation, nib.orientations.axcodes2ornt(CANONICAL))
+
+
+def _canonical(voxels: np.ndarray, orientation: np.ndarray) -> np.ndarray:
+    """File order → (D, H, W), contiguous."""
+    lps = nib.apply_orientation(voxels, _to_canonical(orientation))
+    return np.ascontiguousarray(lps.transpose(2, 1, 0))
+
+
+def _file_shape(scan: Volume) -> tuple[int, ...]:
+    w, h, d = scan.hu.shape[::-1]
+    canonical = (w, h, d)
+    return tuple(canonical[int(axis)] for axis in _to_canonical(scan.orientation)[:, 0])
+
+
+def _largest_shift(a: np.ndarray, b: np.ndarray, shape) -> float:
+    """The largest distance in mm between the two affines' places of the grid's corners."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)  # (3, 8)
+    difference = (a - b)[:3]
+    return float(np.linalg.norm(difference[:, :3] @ corners + difference[:, 3:], axis=0).max())

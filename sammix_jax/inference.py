@@ -1,0 +1,143 @@
+"""Slices in, masks out: the one path that validation, evaluation and prediction share."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sammix_jax.cam import mask_to_box
+from sammix_jax.checkpoint import Checkpoints, abstract
+from sammix_jax.data.geometry import slice_geometry
+from sammix_jax.data.volumes import Volume
+from sammix_jax.optim import make_optimiser
+from sammix_jax.preprocess import window
+from sammix_jax.sam_mix import POSITIVE, SamMix, sam_mix
+from sammix_jax.sharding import make_mesh, replicated
+from sammix_jax.train_step import make_init
+
+# cam     nothing but the image goes in: CAM fusion and CAM box (the headline)
+# gt_box  the box of the true mask replaces the CAM's: an upper bound prompted by the answer
+# none    neither box nor fusion
+PROTOCOLS = ("cam", "gt_box", "none")
+
+# Logit of a pixel that is ruled out whole: far below 0, finite, so that resizing stays sound.
+OUTSIDE = -20.0
+
+
+class SlicePredictions(NamedTuple):
+    """Predictions for N slices, on the store's grid.
+
+    Attributes:
+      organ_probability: (N,) float32, the classifier's probability that the slice shows the organ.
+      cam: (N, H, W) float32 in [0, 1].
+      box: (N, 4) float32 XYXY, the CAM's box; the central box where the CAM is empty.
+      empty: (N,) bool, whether the CAM is empty.
+      logits: protocol → (N, H, W) float32; above 0 is inside the organ.
+    """
+
+    organ_probability: np.ndarray
+    cam: np.ndarray
+    box: np.ndarray
+    empty: np.ndarray
+    logits: dict[str, np.ndarray]
+
+
+def make_predict(model: SamMix, config, protocols: tuple[str, ...]):
+    """Returns the jitted `predict(variables, hu, truth) -> SlicePredictions` for one batch.
+
+    `truth` is read by the protocol `gt_box` alone, and is None without it.
+    """
+
+    def predict(variables: dict, hu: jax.Array, truth: jax.Array | None) -> SlicePredictions:
+        images = window(hu, config.input.window)  # (B, H, W)
+        size = images.shape[1:]
+        model_ = model.bind(variables)
+        class_logits, features = model_.classify(images)
+        prompt = model_.prompt(features, size)
+        embeddings = model_.encode(images)
+        organ_probability = jax.nn.softmax(class_logits.astype(jnp.float32))[:, POSITIVE]
+        negative = (organ_probability < 0.5) & config.evaluate.gate
+        logits = {}
+        for protocol in protocols:
+            if protocol == "cam":
+                mask = model_.segment(embeddings, size, prompt.mask, prompt.box).logits
+                outside = negative
+            elif protocol == "gt_box":
+                box, outside = mask_to_box(truth)
+                mask = model_.segment(embeddings, size, prompt.mask, box).logits
+            else:
+                mask = model_.segment(embeddings, size, None, None).logits
+                outside = negative
+            logits[protocol] = jnp.where(outside[:, None, None], OUTSIDE, mask)
+        return SlicePredictions(organ_probability, prompt.cam, prompt.box, prompt.empty, logits)
+
+    return jax.jit(predict)
+
+
+def predict_slices(
+    predict, variables: dict, hu: np.ndarray, truth: np.ndarray | None, batch: int
+) -> SlicePredictions:
+    """Runs `predict` over N slices in batches of one size, the last one filled up.
+
+    Args:
+      predict: from `make_predict`.
+      variables: the model's parameters and batch statistics.
+      hu: (N, H, W) int16.
+      truth: (N, H, W) bool for the protocol `gt_box`, else None.
+      batch: slices at a time.
+    """
+    parts = []
+    for start in range(0, len(hu), batch):
+        count = min(batch, len(hu) - start)
+        chunk = slice(start, start + batch)
+        boxed = None if truth is None else _fill(truth[chunk], batch)
+        part = predict(variables, _fill(hu[chunk], batch), boxed)
+        parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], part))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _fill(array: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(array, [(0, count - len(array)), (0, 0), (0, 0)])
+
+
+def predict_volume(
+    predict, variables: dict, volume: Volume, truth: np.ndarray | None, config
+) -> tuple[SlicePredictions, dict[str, np.ndarray]]:
+    """Predicts a whole scan.
+
+    Args:
+      predict: from `make_predict`.
+      variables: the model's parameters and batch statistics.
+      volume: the scan, D slices of (H, W).
+      truth: (D, H, W) bool for the protocol `gt_box`, else None.
+      config: the run's config.
+
+    Returns:
+      The predictions on the store's grid, and protocol → (D, H, W) bool masks on the scan's.
+    """
+    geometry = slice_geometry(
+        volume.hu.shape[1:], volume.spacing[1:], config.data.size, config.data.resize
+    )
+    hu = np.stack([geometry.image_to_square(image) for image in volume.hu])
+    squares = None if truth is None else np.stack([geometry.mask_to_square(m) for m in truth])
+    slices = predict_slices(predict, variables, hu, squares, config.evaluate.batch)
+    masks = {
+        protocol: np.stack([geometry.logits_to_scan(square) > 0 for square in logits])
+        for protocol, logits in slices.logits.items()
+    }
+    return slices, masks
+
+
+def load_model(config, workdir) -> tuple[SamMix, dict]:
+    """The trained model of a workdir and its variables, the best by validation.
+
+    Raises:
+      UserError: the workdir has no checkpoint.
+    """
+    model = sam_mix(config)
+    init = make_init(model, make_optimiser(config.train, steps=1), config)
+    like = abstract(jax.eval_shape(init), replicated(make_mesh()))
+    with Checkpoints(workdir) as checkpoints:
+        state = checkpoints.restore_best(like)
+    return model, state.variables

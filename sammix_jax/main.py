@@ -1,0 +1,130 @@
+"""Command line of SAM-Mix.
+
+python -m sammix_jax.main --config=configs/lits.py --config.data.root=DIR --workdir=DIR
+python -m sammix_jax.main --mode=predict --workdir=DIR --input=scan.nii.gz --output=mask.nii.gz
+"""
+
+import logging
+import os
+import pathlib
+import sys
+
+import absl.logging
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from sammix_jax import evaluate, predict, prepare, report, train
+from sammix_jax.config import claim_workdir, load_config
+from sammix_jax.data.files import read_json
+from sammix_jax.data.slices import SliceStore
+from sammix_jax.errors import UserError
+
+MODES = {
+    "train": "prepare if needed, train, evaluate, predict one case",
+    "prepare": "bring the scans into the slice store",
+    "evaluate": "score the trained workdir",
+    "predict": "segment --input into --output",
+}
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The run's config; evaluate and predict take the workdir's without it."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_MODE = flags.DEFINE_enum(
+    "mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items())
+)
+_INPUT = flags.DEFINE_string("input", None, "predict: a NIfTI scan, or a folder of them.")
+_OUTPUT = flags.DEFINE_string("output", None, "predict: the mask's file, or a folder.")
+
+
+def main(argv) -> int:
+    if len(argv) > 1:
+        return _fail(f"unexpected arguments {argv[1:]}; every option begins with --")
+    _log_to_terminal()
+    _cache_compilations()
+    try:
+        _run(_MODE.value, pathlib.Path(_WORKDIR.value))
+    except UserError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _run(mode: str, workdir: pathlib.Path) -> None:
+    if mode in ("train", "prepare"):
+        if _CONFIG.value is None:
+            raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
+        config = _CONFIG.value.lock()
+        claim_workdir(config, workdir)
+        store = prepare.prepare(config, workdir)
+        if mode == "train":
+            _train(config, workdir, store)
+        return
+
+    config = load_config(workdir)
+    if _CONFIG.value is not None:
+        claim_workdir(_CONFIG.value, workdir)
+        config = _CONFIG.value.lock()
+    if mode == "evaluate":
+        _evaluate(config, workdir)
+    else:
+        if not _INPUT.value or not _OUTPUT.value:
+            raise UserError("--mode=predict needs --input and --output.")
+        for made in predict.predict(config, workdir, _INPUT.value, _OUTPUT.value):
+            print(f"{made.mask}: {config.data.organ} {made.organ_ml:.1f} mL, see {made.overlay}")
+
+
+def _train(config, workdir: pathlib.Path, store: SliceStore) -> None:
+    trained = train.train(config, workdir, store)
+    prediction = workdir / "prediction.nii.gz"
+    summary = None if trained else evaluate.saved_summary(config, workdir)
+    if summary is None:
+        _evaluate(config, workdir)
+    else:
+        print(f"\n{workdir} is trained and evaluated; its result:\n")
+        print(evaluate.result_table(summary))
+    if trained or not prediction.exists():
+        predict.predict(config, workdir, _example_scan(store, workdir), prediction)
+    print(f"\noverlay     {workdir / 'prediction_overlay.png'}\nprediction  {prediction}")
+
+
+def _example_scan(store: SliceStore, workdir: pathlib.Path) -> str:
+    """A scan that trained nothing: an unlabelled one, else one of the test part."""
+    test = read_json(workdir / "split.json")["test"]
+    unlabelled = [name for name, record in store.records.items() if not record.has_label]
+    name = [*unlabelled, *test, *store.records][0]
+    return store.records[name].image
+
+
+def _evaluate(config, workdir: pathlib.Path) -> None:
+    evaluation = evaluate.evaluate(config, workdir)
+    table = evaluate.result_table(evaluation.summary)
+    report.write_report(workdir / "report.html", evaluation, table, config, workdir)
+    print(f"\n{table}\n\nreport      {workdir / 'report.html'}")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _log_to_terminal() -> None:
+    """This project's messages only: Orbax tells of every file it opens."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("sammix_jax")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def _cache_compilations() -> None:
+    """Keeps compiled steps between runs, unless the user's environment says where."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = pathlib.Path.home() / ".cache" / "sammix_jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,72 @@
+"""Which parameters are trained, and how."""
+
+import re
+
+import jax
+import optax
+from flax import traverse_util
+
+from sammix_jax.errors import UserError
+
+SCHEDULES = ("constant", "cosine")
+
+
+def split_params(params: dict, patterns: tuple[str, ...]) -> tuple[dict, dict]:
+    """Splits a parameter tree into what is trained and what is frozen.
+
+    Args:
+      params: nested dict of arrays, or of their shapes.
+      patterns: regular expressions; a path such as `sam/mask_decoder/iou_token` that one matches
+        whole is trained.
+
+    Returns:
+      Two flat dicts, path → array: trainable and frozen.
+
+    Raises:
+      UserError: a pattern that matches nothing, most likely a misspelt one.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in flat):
+            top = sorted({"/".join(path.split("/")[:2]) for path in flat})
+            raise UserError(
+                f"train.trainable: the pattern {pattern!r} matches no parameter; paths begin with "
+                f"{', '.join(top)}."
+            )
+    trained = {p for p in flat if any(re.fullmatch(pattern, p) for pattern in patterns)}
+    return (
+        {path: array for path, array in flat.items() if path in trained},
+        {path: array for path, array in flat.items() if path not in trained},
+    )
+
+
+def merge_params(trainable: dict, frozen: dict) -> dict:
+    """The nested tree that `split_params` took apart."""
+    return traverse_util.unflatten_dict(trainable | frozen, sep="/")
+
+
+def make_optimiser(config, steps: int) -> optax.GradientTransformation:
+    """Adam, with decoupled weight decay on matrices where asked for.
+
+    Args:
+      config: the `train` section.
+      steps: length of the run, over which a schedule decays.
+    """
+    if config.schedule not in SCHEDULES:
+        raise UserError(f"train.schedule={config.schedule!r}: expected one of {SCHEDULES}.")
+    if config.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
+        )
+    else:
+        rate = optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1)),
+                optax.constant_schedule(config.learning_rate),
+            ],
+            [config.warmup_steps],
+        )
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    # Biases, norms and single tokens are not decayed.
+    is_matrix = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    return optax.chain(clip, optax.adamw(rate, weight_decay=config.weight_decay, mask=is_matrix))

@@ -1,0 +1,89 @@
+"""From int16 HU slices to network inputs, on the device: window, normalise, augment."""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+
+from sammix_jax.errors import UserError
+from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
+
+NORMALISATIONS = ("unit", "minmax", "sam")
+
+# Ranges of the augmentation. No flips: they would put the liver on the wrong side of the body.
+ROTATION = 0.26  # radians, ± 15°
+LOG_SCALE = 0.2
+SHIFT = 0.08  # of the image's side
+CONTRAST = 0.2
+BRIGHTNESS = 0.1
+NOISE = 0.05
+
+
+def window(hu: jax.Array, limits: tuple[float, float]) -> jax.Array:
+    """Clips HU to the window and scales it to [0, 1]; any shape, float32."""
+    low, high = limits
+    return (jnp.clip(hu.astype(jnp.float32), low, high) - low) / (high - low)
+
+
+def to_rgb(images: jax.Array, normalisation: str) -> jax.Array:
+    """Grey slices → three-channel network input.
+
+    Args:
+      images: (B, H, W) in [0, 1].
+      normalisation: `"unit"` leaves the values, `"minmax"` stretches each slice to [0, 1] (the
+        group's later code), `"sam"` applies SAM's own mean and standard deviation.
+
+    Returns:
+      (B, H, W, 3) float32.
+    """
+    if normalisation not in NORMALISATIONS:
+        raise UserError(f"input.normalise={normalisation!r}: expected one of {NORMALISATIONS}.")
+    if normalisation == "minmax":
+        low = images.min(axis=(1, 2), keepdims=True)
+        high = images.max(axis=(1, 2), keepdims=True)
+        # A slice of air alone has no range; it stays zero.
+        images = (images - low) / jnp.where(high > low, high - low, 1.0)
+    rgb = jnp.repeat(images[..., None], 3, axis=-1)  # (B, H, W, 3)
+    if normalisation == "sam":
+        rgb = (rgb * 255.0 - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+    return rgb
+
+
+def augment(images: jax.Array, masks: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Random rotation, scale, shift, contrast, brightness and noise, one draw per slice.
+
+    Args:
+      images: (B, H, W) in [0, 1].
+      masks: (L, H, W) in [0, 1], of the first L images; they move with their images.
+      key: random key.
+
+    Returns:
+      Images (B, H, W) in [0, 1] and masks (L, H, W) in {0, 1}, float32.
+    """
+    keys = jax.random.split(key, len(images))
+    coordinates = jax.vmap(_random_affine, in_axes=(0, None))(keys, images.shape[1:])
+    sample = jax.vmap(lambda image, at: map_coordinates(image, at, order=1, mode="constant"))
+    moved = jax.vmap(_random_intensity)(keys, sample(images, coordinates))
+    moved_masks = sample(masks.astype(jnp.float32), coordinates[: len(masks)])
+    return moved, (moved_masks >= 0.5).astype(jnp.float32)
+
+
+def _random_affine(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """(2, H, W): where each pixel of the moved slice is read from, in pixels."""
+    rotation, scale, shift = jax.random.split(jax.random.fold_in(key, 0), 3)
+    angle = jax.random.uniform(rotation, minval=-ROTATION, maxval=ROTATION)
+    zoom = jnp.exp(jax.random.uniform(scale, minval=-LOG_SCALE, maxval=LOG_SCALE))
+    size = jnp.asarray(shape, jnp.float32)
+    move = jax.random.uniform(shift, (2,), minval=-SHIFT, maxval=SHIFT) * size
+    matrix = zoom * jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
+    grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, shape), indexing="ij"))  # (2, H, W)
+    centre = ((size - 1) / 2)[:, None, None]
+    return jnp.einsum("ij,jhw->ihw", matrix, grid - centre) + centre + move[:, None, None]
+
+
+def _random_intensity(key: jax.Array, image: jax.Array) -> jax.Array:
+    contrast, brightness, noise, level = jax.random.split(jax.random.fold_in(key, 1), 4)
+    factor = 1 + jax.random.uniform(contrast, minval=-CONTRAST, maxval=CONTRAST)
+    offset = jax.random.uniform(brightness, minval=-BRIGHTNESS, maxval=BRIGHTNESS)
+    sigma = jax.random.uniform(level, maxval=NOISE)
+    noisy = image + sigma * jax.random.normal(noise, image.shape)
+    return jnp.clip((noisy - 0.5) * factor + 0.5 + offset, 0.0, 1.0)
