@@ -200,7 +200,7 @@ def _summarise(cases: list[Case]) -> dict:
     return {
         "cases": len(scored),
         "not_scored": len(cases) - len(scored),
-        "failures": sum(case.volume.status != "scored" for case in scored),
+        "failures": sum(case.volume.failed for case in scored),
         "dice": _moments([case.volume.dice for case in scored]),
         "hd95_mm": _moments([case.volume.hd95 for case in scored]),
         "slice_dice": _moments([case.slice_dice for case in scored]),

@@ -7,7 +7,7 @@ for a distance, and stays in the means.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import surface_distance
@@ -111,26 +111,6 @@ def slice_metrics(truth: np.ndarray, prediction: np.ndarray) -> tuple[float, flo
     to_prediction = ndimage.distance_transform_edt(~prediction_edge)[truth_edge].max()
     to_truth = ndimage.distance_transform_edt(~truth_edge)[prediction_edge].max()
     return dice(truth, prediction), float(max(to_prediction, to_truth))
-
-
-def summarise(scores: Iterable[VolumeScore]) -> dict[str, float | int | None]:
-    """Mean and spread over volumes.
-
-    Returns:
-      `<metric>_mean` and `<metric>_std` (population) over all volumes but those where both masks
-      are empty, failures included, None where no volume is left; and the counts `cases`,
-      `failures` and `not_scored`.
-    """
-    scores = list(scores)
-    summary = {}
-    for metric in ("dice", "hd95"):
-        values = [getattr(s, metric) for s in scores if s.status != "both_empty"]
-        summary[f"{metric}_mean"] = float(np.mean(values)) if values else None
-        summary[f"{metric}_std"] = float(np.std(values)) if values else None
-    summary["cases"] = len(scores)
-    summary["failures"] = sum(s.failed for s in scores)
-    summary["not_scored"] = sum(s.status == "both_empty" for s in scores)
-    return summary
 
 
 def _check(truth: np.ndarray, prediction: np.ndarray, ndim: int) -> None:

@@ -1,0 +1,84 @@
+"""Shared fixtures. Compiled programs are kept between runs; set before JAX is imported."""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from configs import quickstart
+from sammix_jax import config as config_module
+from sammix_jax import prepare, train
+
+# A real CT, where it is at hand.
+SAMPLE = ROOT.parent / "shared" / "data" / "totalsegmentator_sample"
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """Folder of the real CT, in TotalSegmentator's layout."""
+    if not SAMPLE.is_dir():
+        pytest.skip(f"the real CT sample is not at {SAMPLE}")
+    return SAMPLE
+
+
+def small_config():
+    """The quickstart in a size that trains in seconds."""
+    config = quickstart.get_config()
+    config.data.size = 64
+    config.data.phantom.scans = 5
+    config.data.phantom.unlabelled = 1
+    config.data.split = (2, 1, 1)
+    config.data.labelled_slices = 12
+    config.model.image_size = 64
+    config.train.steps = 30
+    config.train.batch_labelled = 4
+    config.train.batch_unlabelled = 2
+    config.train.warmup_steps = 3
+    config.log.every_steps = 5
+    config.log.validate_every_steps = 15
+    config.checkpoint.every_steps = 10
+    return config
+
+
+@pytest.fixture
+def config():
+    return small_config()
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A workdir trained on a few phantoms: whole, though no good."""
+    folder = tmp_path_factory.mktemp("run")
+    config = small_config()
+    config_module.claim_workdir(config, folder)
+    train.train(config, folder, prepare.prepare(config, folder))
+    return folder
+
+
+@pytest.fixture
+def write_scan(tmp_path):
+    """Writes a NIfTI: `write_scan(name, voxels, affine=...)` → its path."""
+
+    def write(name, voxels, affine=None):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(
+            nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 5.0, 1.0]) if affine is None else affine),
+            path,
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def ct():
+    """(20, 16, 6) int16: noise about soft tissue, no two axes alike."""
+    return np.random.default_rng(0).normal(40, 60, (20, 16, 6)).astype(np.int16)

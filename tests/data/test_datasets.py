@@ -1,0 +1,95 @@
+"""The folder layouts that people have, and what is wrong with the ones that fail."""
+
+import json
+
+import pytest
+
+from sammix_jax.data import datasets
+from sammix_jax.errors import UserError
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def test_lits_pairs_by_number_across_folders(tmp_path):
+    touch(tmp_path, "a/volume-10.nii", "a/volume-2.nii", "b/volume-3.nii.gz")
+    touch(tmp_path, "labels/segmentation-2.nii", "labels/segmentation-10.nii")
+    touch(tmp_path, "a/._volume-2.nii")  # left by macOS
+    scans = datasets.find_scans(tmp_path, "liver")
+    assert [s.name for s in scans] == ["volume-2", "volume-3", "volume-10"]
+    assert [s.label and s.label.name for s in scans] == [
+        "segmentation-2.nii", None, "segmentation-10.nii",
+    ]  # fmt: skip
+    assert scans[0].label_values == (1, 2)
+    assert datasets.find_scans(tmp_path, "tumour")[0].label_values == (2,)
+
+
+@pytest.mark.parametrize(
+    ("labels", "organ", "values"),
+    [
+        ({"0": "background", "1": "liver", "2": "cancer"}, "liver", (1, 2)),
+        ({"background": 0, "spleen": 3}, "spleen", (3,)),
+        ({"background": 0, "liver": [1, 4], "other": 2}, "liver", (1, 4)),
+    ],
+)
+def test_decathlon_and_nnunet(tmp_path, labels, organ, values):
+    touch(tmp_path, "imagesTr/liver_1_0000.nii.gz", "imagesTr/liver_2_0000.nii.gz")
+    touch(tmp_path, "labelsTr/liver_1.nii.gz", "imagesTs/liver_9_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    scans = datasets.find_scans(tmp_path, organ)
+    assert [(s.name, bool(s.label)) for s in scans] == [
+        ("liver_1", True), ("liver_2", False), ("liver_9", False),
+    ]  # fmt: skip
+    assert scans[0].label_values == values
+
+
+def test_totalsegmentator(tmp_path):
+    touch(tmp_path, "s0001/ct.nii.gz", "s0001/segmentations/liver.nii.gz", "s0002/ct.nii.gz")
+    scans = datasets.find_scans(tmp_path, "liver")
+    assert [(s.name, bool(s.label)) for s in scans] == [("s0001", True), ("s0002", False)]
+    assert scans[0].label_values == (1,)
+
+
+def test_label_values_can_be_given(tmp_path):
+    touch(tmp_path, "volume-1.nii", "segmentation-1.nii")
+    assert datasets.find_scans(tmp_path, "liver", (1,))[0].label_values == (1,)
+
+
+@pytest.mark.parametrize(
+    ("names", "organ", "message"),
+    [
+        ((), "liver", "no scans found"),
+        (("notes.txt",), "liver", "notes.txt"),
+        (("segmentation-4.nii", "volume-5.nii"), "liver", r"segmentation-4.*volume-4\.nii"),
+        (("volume-1.nii", "x/volume-1.nii.gz"), "liver", "both scan 1"),
+        (("volume-1.nii",), "pancreas", r"pancreas.*\['liver', 'tumour'\]"),
+        (("s1/ct.nii.gz", "s1/segmentations/liver.nii.gz"), "livr", r"livr.*\['liver'\]"),
+        (("s1/ct.nii.gz", "s2/segmentations/liver.nii.gz"), "liver", "without their scan"),
+        (("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"), "liver", "dataset.json"),
+    ],
+)
+def test_refusals_name_file_and_fix(tmp_path, names, organ, message):
+    touch(tmp_path, *names)
+    with pytest.raises(UserError, match=message):
+        datasets.find_scans(tmp_path, organ)
+
+
+def test_decathlon_refusals(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "labelsTr/b.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1}}')
+    with pytest.raises(UserError, match=r"b\.nii\.gz: a mask without its scan"):
+        datasets.find_scans(tmp_path, "liver")
+    with pytest.raises(UserError, match=r"spleen.*\['liver'\]"):
+        datasets.find_scans(tmp_path, "spleen")
+    (tmp_path / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match="expected JSON"):
+        datasets.find_scans(tmp_path, "liver")
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        datasets.find_scans(tmp_path / "nowhere", "liver")

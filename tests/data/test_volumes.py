@@ -1,0 +1,164 @@
+"""Scans in any orientation come in canonical, masks go out on the scan's own grid."""
+
+import gzip
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from sammix_jax.data import volumes
+from sammix_jax.errors import UserError
+
+AXCODES = [
+    "".join(code)
+    for axes in itertools.permutations(("RL", "AP", "SI"))
+    for code in itertools.product(*axes)
+]
+
+
+def oriented(image, code):
+    """The same scan stored in another axis order."""
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(code)
+    )
+    return image.as_reoriented(turn)
+
+
+def test_there_are_48_orientations():
+    assert len(set(AXCODES)) == 48
+
+
+@pytest.mark.parametrize("code", AXCODES)
+def test_orientation_leaves_voxels_in_place(tmp_path, ct, code):
+    plain = nib.Nifti1Image(ct, np.array(
+        [[-2.0, 0, 0, 30], [0, -3.0, 0, 40], [0, 0, 5.0, -7], [0, 0, 0, 1]]
+    ))  # LPS  # fmt: skip
+    path = tmp_path / "scan.nii.gz"
+    nib.save(oriented(plain, code), path)
+    volume = volumes.read_volume(path)
+    assert volume.axcodes == code
+    assert volume.spacing == (5.0, 3.0, 2.0)
+    np.testing.assert_array_equal(volume.hu, ct.transpose(2, 1, 0))
+
+    volumes.write_mask(tmp_path / "mask.nii.gz", volume.hu > 100, volume)
+    mask = oriented(nib.load(tmp_path / "mask.nii.gz"), "LPS")
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), ct > 100)
+    np.testing.assert_allclose(mask.affine, plain.affine)
+
+
+def test_header_goes_out_as_it_came(tmp_path, ct):
+    sform = nib.affines.from_matvec(
+        np.diag([2, 2, 5]) @ nib.eulerangles.euler2mat(0.3, 0.1, 0.2), (5, -60, 12)
+    )
+    image = nib.Nifti1Image(ct, None)
+    image.set_sform(sform, code=4)
+    image.set_qform(np.diag([-2.0, 2.0, 5.0, 1.0]), code=1)  # disagrees, as some scanners do
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["descrip"] = b"from the scanner"
+    path = tmp_path / "scan.nii"
+    nib.save(image, path)
+    volume = volumes.read_volume(path)
+    volumes.write_mask(tmp_path / "mask.nii", volume.hu > 0, volume)
+
+    before, after = nib.load(path).header, nib.load(tmp_path / "mask.nii").header
+    assert after.get_data_dtype() == np.uint8
+    for field in ("sform_code", "qform_code", "pixdim", "xyzt_units", "dim", "descrip"):
+        np.testing.assert_array_equal(before[field], after[field], err_msg=field)
+    np.testing.assert_array_equal(before.get_sform(), after.get_sform())
+    np.testing.assert_array_equal(before.get_qform(), after.get_qform())
+
+
+def test_scaled_and_float_scans_are_read_in_hu(tmp_path, ct):
+    image = nib.Nifti1Image((ct + 1024).astype(np.int16), np.eye(4))
+    image.header.set_slope_inter(1, -1024)
+    nib.save(image, tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(ct.astype(np.float32), np.eye(4)), tmp_path / "b.nii.gz")
+    a, b = (volumes.read_volume(tmp_path / name) for name in ("a.nii.gz", "b.nii.gz"))
+    np.testing.assert_array_equal(a.hu, b.hu)
+    assert a.hu.dtype == np.int16
+
+
+def test_mask_values_choose_the_organ(write_scan, ct):
+    scan = volumes.read_volume(write_scan("scan.nii.gz", ct))
+    labels = np.random.default_rng(1).integers(0, 4, ct.shape).astype(np.uint8)
+    path = write_scan("mask.nii.gz", labels)
+    mask = volumes.read_mask(path, scan, (1, 2))
+    assert mask.sum() == np.isin(labels, (1, 2)).sum()
+
+
+@pytest.mark.parametrize(
+    ("voxels", "message"),
+    [
+        (np.full((4, 4, 4), np.nan, np.float32), "NaN or infinite"),
+        (np.zeros((4, 4, 4), np.int16), "every voxel is 0"),
+        (np.ones((4, 4, 4, 2), np.int16), "4D"),
+        (np.ones((4, 4), np.int16), "2D"),
+    ],
+)
+def test_refuses_what_is_no_scan(write_scan, voxels, message):
+    path = write_scan("scan.nii.gz", voxels)
+    with pytest.raises(UserError, match=message) as error:
+        volumes.read_volume(path)
+    assert str(path) in str(error.value)
+
+
+def test_refuses_truncated_files(tmp_path, write_scan, ct):
+    whole = write_scan("scan.nii.gz", ct).read_bytes()
+    plain = gzip.decompress(whole)
+    for name, content in {
+        "short.nii.gz": whole[: len(whole) // 2],
+        "header.nii.gz": whole[:40],
+        "short.nii": plain[: len(plain) // 2],
+        "text.nii.gz": b"this is no scan",
+        "empty.nii": b"",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="truncated or damaged") as error:
+            volumes.read_volume(tmp_path / name)
+        assert name in str(error.value)
+
+
+def test_refuses_other_formats_and_missing_files(tmp_path):
+    (tmp_path / "scan.dcm").write_bytes(b"DICM")
+    with pytest.raises(UserError, match="expected a NIfTI file"):
+        volumes.read_volume(tmp_path / "scan.dcm")
+    with pytest.raises(UserError, match="no such file"):
+        volumes.read_volume(tmp_path / "nothing.nii.gz")
+
+
+def test_refuses_masks_of_another_grid_or_place(write_scan, ct):
+    scan = volumes.read_volume(write_scan("scan.nii.gz", ct))
+    mask = (ct > 100).astype(np.uint8)
+    other_grid = write_scan("grid.nii.gz", mask.transpose(1, 0, 2))
+    with pytest.raises(UserError, match=r"grid is \(16, 20, 6\).*\(20, 16, 6\)"):
+        volumes.read_mask(other_grid, scan, (1,))
+    shifted = np.diag([2.0, 2.0, 5.0, 1.0])
+    shifted[0, 3] = 1.0
+    with pytest.raises(UserError, match="up to 1 mm"):
+        volumes.read_mask(write_scan("shift.nii.gz", mask, shifted), scan, (1,))
+    blurred = write_scan("blurred.nii.gz", mask * np.float32(0.5))
+    with pytest.raises(UserError, match="no whole numbers"):
+        volumes.read_mask(blurred, scan, (1,))
+
+
+def test_refuses_a_degenerate_affine(write_scan, ct):
+    path = write_scan("flat.nii", ct)
+    content = bytearray(path.read_bytes())
+    content[296:312] = bytes(16)  # srow_y, which nibabel would not write as zeros
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="affine"):
+        volumes.read_volume(path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, write_scan, ct, monkeypatch):
+    scan = volumes.read_volume(write_scan("scan.nii.gz", ct))
+
+    def full(image, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nib, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        volumes.write_mask(tmp_path / "out" / "mask.nii.gz", scan.hu > 0, scan)
+    assert list((tmp_path / "out").iterdir()) == []
