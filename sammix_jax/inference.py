@@ -1,5 +1,6 @@
 """Slices in, masks out: the one path that validation, evaluation and prediction share."""
 
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from sammix_jax.cam import mask_to_box
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.volumes import Volume
+from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
 from sammix_jax.preprocess import window
 from sammix_jax.sam_mix import POSITIVE, SamMix, sam_mix
@@ -135,6 +137,9 @@ def load_model(config, workdir) -> tuple[SamMix, dict]:
     Raises:
       UserError: the workdir has no checkpoint.
     """
+    folder = pathlib.Path(workdir) / "checkpoints"
+    if not folder.exists():
+        raise UserError(f"{folder}: no checkpoint there; train the workdir first.")
     model = sam_mix(config)
     init = make_init(model, make_optimiser(config.train, steps=1), config)
     like = abstract(jax.eval_shape(init), replicated(make_mesh()))

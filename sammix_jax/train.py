@@ -111,6 +111,8 @@ def train(config, workdir, store: SliceStore) -> bool:
                 if split.val and (done % config.log.validate_every_steps == 0 or done == steps):
                     scores = validate(predict, state, store, split, config)
                     log.write(done, {f"val/{name}": v for name, v in scores.items()})
+                    listed = ", ".join(f"{name} {v:.3f}" for name, v in scores.items())
+                    _LOG.info("step %d of %d: validation %s", done, steps, listed)
                     if "dice" in scores:
                         checkpoints.save_best(state, done, scores["dice"])
                     begin, begin_step = time.monotonic(), done

@@ -205,7 +205,8 @@ def _write(files: Callable[[int], Mapping], n: int, seed: int, domain: Domain) -
 
     def progress() -> Iterator[Path]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from tqdm(pool.map(patient, range(n)), total=n, desc="phantom")
+            made = pool.map(patient, range(n))
+            yield from tqdm(made, total=n, desc="phantom", unit="scan", disable=None)
 
     return list(progress())
 

@@ -1,0 +1,23 @@
+"""Segment Anything in Flax."""
+
+from sammix_jax.models.sam.sam import (
+    CONSTANTS,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    Sam,
+    count_parameters,
+    postprocess_masks,
+)
+from sammix_jax.models.sam.variants import VARIANTS, SamVariant, get_variant
+
+__all__ = [
+    "CONSTANTS",
+    "PIXEL_MEAN",
+    "PIXEL_STD",
+    "VARIANTS",
+    "Sam",
+    "SamVariant",
+    "count_parameters",
+    "get_variant",
+    "postprocess_masks",
+]

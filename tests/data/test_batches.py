@@ -1,0 +1,80 @@
+"""Batches are a function of (seed, step)."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sammix_jax.data.batches import Batches, prefetch
+from sammix_jax.data.slices import SliceId
+from sammix_jax.errors import UserError
+
+LABELLED = tuple(SliceId("a", i) for i in range(5))
+OTHERS = tuple(SliceId("b", i) for i in range(11))
+
+
+class FakeStore:
+    """Slices that show their own number."""
+
+    def hu(self, s):
+        return np.full((4, 4), s.position + (100 if s.scan == "b" else 0), np.int16)
+
+    def mask(self, s):
+        return np.full((4, 4), s.position % 2, np.uint8)
+
+    def organ_present(self, s):
+        return s.scan == "a"
+
+
+@pytest.fixture
+def batches():
+    return Batches(FakeStore(), LABELLED, OTHERS, (2, 3), seed=7)
+
+
+def numbers(batch):
+    return batch["hu"][:, 0, 0].tolist()
+
+
+def test_shapes_and_quota(batches):
+    batch = batches(0)
+    assert batch["hu"].shape == (5, 4, 4) and batch["hu"].dtype == np.int16
+    assert batch["mask"].shape == (2, 4, 4)
+    assert batch["organ_present"].tolist() == [1, 1, 0, 0, 0]
+    assert all(n < 100 for n in numbers(batch)[:2])
+    np.testing.assert_array_equal(batch["mask"][:, 0, 0], batch["hu"][:2, 0, 0] % 2)
+
+
+def test_any_step_without_those_before(batches):
+    in_order = [numbers(batches(step)) for step in range(20)]
+    assert numbers(dataclasses.replace(batches)(13)) == in_order[13]
+    assert in_order != [numbers(dataclasses.replace(batches, seed=8)(s)) for s in range(20)]
+
+
+def test_each_pass_shows_every_slice_once(batches):
+    labelled = [n for step in range(5) for n in numbers(batches(step))[:2]]  # two passes of five
+    assert sorted(labelled[:5]) == sorted(labelled[5:]) == list(range(5))
+    others = [n for step in range(11) for n in numbers(batches(step))[2:]]  # three of eleven
+    for start in (0, 11, 22):
+        assert sorted(others[start : start + 11]) == list(range(100, 111))
+
+
+def test_prefetch_keeps_the_order(batches):
+    ahead = list(prefetch(batches, 3, 7, numbers))
+    assert ahead == [(step, numbers(batches(step))) for step in range(3, 7)]
+    assert list(prefetch(batches, 3, 3, numbers)) == []
+
+
+def test_prefetch_raises_what_a_batch_raises():
+    def broken(step):
+        raise ValueError(f"step {step}")
+
+    with pytest.raises(ValueError, match="step 4"):
+        list(prefetch(broken, 4, 6, numbers))
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="batch_labelled"):
+        Batches(FakeStore(), LABELLED, OTHERS, (0, 3), 0)
+    with pytest.raises(UserError, match="batch_unlabelled"):
+        Batches(FakeStore(), LABELLED, (), (1, 3), 0)
+    assert Batches(FakeStore(), LABELLED, (), (2, 0), 0)(0)["hu"].shape == (2, 4, 4)

@@ -1,0 +1,132 @@
+"""Splits by patient and label draws: by seed, kept, and given back."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sammix_jax.data.geometry import slice_geometry
+from sammix_jax.data.slices import ScanRecord, SliceId, SliceStore
+from sammix_jax.data.splits import draw_labelled_slices, load_or_draw, split_scans
+from sammix_jax.errors import UserError
+
+NAMES = [f"volume-{n}" for n in range(131)]
+
+
+def fake_store(tmp_path, scans=8, slices=10, unlabelled=1):
+    """Records alone: the organ on the upper half of each scan's slices."""
+    records = [
+        ScanRecord(
+            name=f"volume-{n}",
+            image="",
+            label="" if n >= scans - unlabelled else "mask",
+            label_values=(1,),
+            fingerprint="",
+            shape=(slices, 8, 8),
+            spacing=(1.0, 1.0, 1.0),
+            affine=tuple(map(tuple, np.eye(4).tolist())),
+            axcodes="RAS",
+            geometry=slice_geometry((8, 8), (1, 1), 8, "fit"),
+            slices=tuple(range(5, 5 + slices)),
+            organ_pixels=tuple(int(z >= slices // 2) for z in range(slices)),
+        )
+        for n in range(scans)
+    ]
+    return SliceStore(tmp_path / "store", {"organ": "liver"}, records)
+
+
+def test_lits_counts():
+    split = split_scans(NAMES, (91, 13, 27), seed=0)
+    assert (len(split.train), len(split.val), len(split.test)) == (91, 13, 27)
+    assert sorted(split.train + split.val + split.test) == sorted(NAMES)
+
+
+def test_seed_decides():
+    assert split_scans(NAMES, (91, 13, 27), 1) == split_scans(NAMES, (91, 13, 27), 1)
+    assert split_scans(NAMES, (91, 13, 27), 1) != split_scans(NAMES, (91, 13, 27), 2)
+
+
+def test_shares_and_empty_parts():
+    split = split_scans(NAMES[:5], (91, 13, 27), 0)
+    assert (len(split.train), len(split.val), len(split.test)) == (3, 1, 1)
+    assert split_scans(NAMES[:1], (1, 0, 0), 0).train == ("volume-0",)
+
+
+@pytest.mark.parametrize("ratio", [(0, 1, 1), (1, 1), (2, -1, 1)])
+def test_bad_ratios(ratio):
+    with pytest.raises(UserError, match="three parts"):
+        split_scans(NAMES, ratio, 0)
+
+
+def test_too_few_scans():
+    with pytest.raises(UserError, match="2 labelled scans cannot fill 3 parts"):
+        split_scans(NAMES[:2], (91, 13, 27), 0)
+
+
+def test_labels_are_positive_slices_of_training_patients(tmp_path):
+    store = fake_store(tmp_path)
+    drawn = draw_labelled_slices(store, ("volume-0", "volume-3"), 6, seed=0)
+    assert len(set(drawn)) == 6
+    assert {s.scan for s in drawn} <= {"volume-0", "volume-3"}
+    assert all(store.organ_present(s) for s in drawn)
+    assert drawn == draw_labelled_slices(store, ("volume-0", "volume-3"), 6, seed=0)
+    assert drawn != draw_labelled_slices(store, ("volume-0", "volume-3"), 6, seed=1)
+    assert len(draw_labelled_slices(store, ("volume-0",), 0, seed=0)) == 5
+
+
+def test_too_many_labels_asked_for(tmp_path):
+    with pytest.raises(UserError, match="on 5 slices"):
+        draw_labelled_slices(fake_store(tmp_path), ("volume-0",), 50, 0)
+
+
+def test_files_are_written_and_read_back(tmp_path, config):
+    store = fake_store(tmp_path)
+    config.data.labelled_slices = 4
+    split, labels = load_or_draw(config, store, tmp_path)
+    assert "volume-7" not in split.train + split.val + split.test  # unlabelled
+    config.data.seed = 99  # the files, not the seed, hold for a workdir once begun
+    assert load_or_draw(config, store, tmp_path) == (split, labels)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    config.data.split_file = str(tmp_path / "split.json")
+    config.data.labels_file = str(tmp_path / "labels.json")
+    assert load_or_draw(config, store, other) == (split, labels)
+    written = json.loads((tmp_path / "labels.json").read_text())[0]
+    assert written["slice"] == labels[0].position + 5  # the scan's own slice index
+
+
+@pytest.mark.parametrize(
+    ("split", "labels", "message"),
+    [
+        ({"train": ["volume-0"], "val": ["volume-0"], "test": []}, [], "two parts"),
+        ({"train": ["volume-99"], "val": [], "test": []}, [], "no labelled scans"),
+        ({"train": ["volume-0"]}, [], "train, val, test"),
+        ({"train": ["volume-0"], "val": ["volume-1"], "test": []},
+         [{"scan": "volume-1", "slice": 11}], "no training scan"),
+        ({"train": ["volume-0"], "val": [], "test": []},
+         [{"scan": "volume-0", "slice": 99}], "no slice 99"),
+        ({"train": ["volume-0"], "val": [], "test": []}, ["volume-0"], "expected"),
+        ({"train": ["volume-0"], "val": [], "test": []}, [], "names no slice"),
+    ],
+)  # fmt: skip
+def test_bad_files(tmp_path, config, split, labels, message):
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    with pytest.raises(UserError, match=message):
+        load_or_draw(config, fake_store(tmp_path), tmp_path)
+
+
+def test_missing_file(tmp_path, config):
+    config.data.split_file = str(tmp_path / "nothing.json")
+    with pytest.raises(UserError, match=r"nothing\.json"):
+        load_or_draw(config, fake_store(tmp_path), tmp_path)
+
+
+def test_no_masks_at_all(tmp_path, config):
+    with pytest.raises(UserError, match="none of the 3 scans has a mask"):
+        load_or_draw(config, fake_store(tmp_path, scans=3, unlabelled=3), tmp_path)
+
+
+def test_slice_ids_are_values():
+    assert SliceId("a", 1) == SliceId("a", 1)

@@ -1,0 +1,110 @@
+"""Every way through the encoder's attention, held to the plain definition."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sam_cases import TINY, equations, normal, random_params
+
+from sammix_jax.models.sam.attention import attend, relative_embeddings
+from sammix_jax.models.sam.image_encoder import Attention, ImageEncoder
+
+
+def plain_attention(params, x, heads, window):
+    """Attention as written down: pad, cut windows, add the bias, one query at a time."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    x = np.asarray(x, np.float64)
+    b, h, w, c = x.shape
+    d = c // heads
+    side_h, side_w = (window, window) if window else (h, w)
+    padded = np.pad(x, ((0, 0), (0, -h % side_h), (0, -w % side_w), (0, 0)))
+    qkv = padded @ params["qkv"]["kernel"] + params["qkv"]["bias"]
+    out = np.zeros_like(padded)
+    for i0 in range(0, padded.shape[1], side_h):
+        for j0 in range(0, padded.shape[2], side_w):
+            tile = qkv[:, i0 : i0 + side_h, j0 : j0 + side_w]
+            tile = tile.reshape(b, side_h, side_w, 3, heads, d)
+            q, k, v = (tile[:, :, :, third] for third in range(3))
+            for i in range(side_h):
+                for j in range(side_w):
+                    query = q[:, i, j]
+                    logits = np.einsum("bmd,bhwmd->bmhw", query, k) / np.sqrt(d)
+                    row = params["rel_pos_h"][i - np.arange(side_h) + side_h - 1]
+                    column = params["rel_pos_w"][j - np.arange(side_w) + side_w - 1]
+                    logits += np.einsum("bmd,hd->bmh", query, row)[..., None]
+                    logits += np.einsum("bmd,wd->bmw", query, column)[..., None, :]
+                    weights = np.exp(logits - logits.max(axis=(2, 3), keepdims=True))
+                    weights /= weights.sum(axis=(2, 3), keepdims=True)
+                    value = np.einsum("bmhw,bhwmd->bmd", weights, v)
+                    out[:, i0 + i, j0 + j] = value.reshape(b, c)
+    return out[:, :h, :w] @ params["proj"]["kernel"] + params["proj"]["bias"]
+
+
+@pytest.mark.parametrize("query_chunk", [1024, 24, 10], ids=["whole", "even", "uneven"])
+@pytest.mark.parametrize("shape", [(7, 7), (4, 6)], ids=["square", "oblong"])
+@pytest.mark.parametrize("window", [0, 3], ids=["global", "window"])
+def test_every_attention_path_equals_the_plain_one(window, shape, query_chunk):
+    # On the oblong grid the table of the global rows is one for 6, to be resized to 4.
+    module = Attention(2, window, table_side=window or shape[1], query_chunk=query_chunk)
+    x = normal(0, 2, *shape, 16)
+    params = random_params(module, x)
+    reference = dict(params)
+    if not window:
+        for axis, name in enumerate(("rel_pos_h", "rel_pos_w")):
+            rows = 2 * shape[axis] - 1
+            reference[name] = jax.image.resize(params[name], (rows, 8), "linear", antialias=False)
+    expected = plain_attention(reference, x, heads=2, window=window)
+    out = jax.jit(module.apply)({"params": params}, x)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def attention_inputs():
+    q, k, v = (normal(seed, 2, 2, 6, 5, 8) for seed in range(3))
+    return q, k, v, normal(3, 11, 8), normal(4, 9, 8)
+
+
+def test_gradient_through_chunks_equals_the_whole():
+    def loss(inputs, query_chunk):
+        return jnp.sum(jnp.sin(attend(*inputs, query_chunk=query_chunk)))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    whole, chunked = gradient(attention_inputs(), 30), gradient(attention_inputs(), 7)
+    for a, b in zip(whole, chunked, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_chunks_never_hold_all_logits():
+    def loss(inputs, query_chunk):
+        return jnp.sum(attend(*inputs, query_chunk=query_chunk))
+
+    def holds_all(query_chunk):
+        jaxpr = jax.make_jaxpr(jax.grad(loss), static_argnums=1)(attention_inputs(), query_chunk)
+        sizes = [var.aval.size for eqn in equations(jaxpr.jaxpr) for var in eqn.outvars]
+        return max(sizes) >= 2 * 2 * 30 * 30
+
+    assert holds_all(30)
+    assert not holds_all(6)
+
+
+def test_relative_embeddings_index_query_minus_key():
+    table = jnp.arange(7.0)[:, None]
+    places = relative_embeddings(table, 4)[..., 0]
+    assert places[0, 0] == places[3, 3] == 3
+    assert places[3, 0] == 6
+    assert places[0, 3] == 0
+
+
+def test_remat_changes_nothing():
+    sizes = dataclasses.replace(TINY, depth=1, global_blocks=(0,))
+    images = normal(1, 1, 48, 80, 3)
+    params = random_params(ImageEncoder(sizes), images)
+
+    def loss(params, remat):
+        encoder = ImageEncoder(sizes, remat=remat, query_chunk=20)
+        return jnp.mean(encoder.apply({"params": params}, images) ** 2)
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, remat = gradient(params, False), gradient(params, True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, remat)

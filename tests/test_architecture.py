@@ -1,0 +1,73 @@
+"""Imports go one way: entry points → method and machinery → models and data."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "sammix_jax"
+
+# A module may import those of its own row and of the rows below it.
+LAYERS = [
+    {"main"},
+    {"report"},
+    {"predict", "evaluate", "train"},
+    {"inference", "prepare", "train_log"},
+    {"checkpoint"},
+    {"train_step"},
+    {"sam_mix"},
+    {"preprocess", "optim", "sharding", "config"},
+    {"cam", "losses", "metrics", "models", "data"},
+    {"errors"},
+]
+RANK = {name: rank for rank, layer in enumerate(reversed(LAYERS)) for name in layer}
+# predict draws its overlay with report; report reads evaluate's results.
+EXCEPTIONS = {("predict", "report")}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: pathlib.Path) -> str:
+    """`data/volumes.py` → data; `train.py` → train."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Names of this project's modules that a file imports, such as `data.volumes`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {n.removeprefix("sammix_jax.") for n in names if n.startswith("sammix_jax.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    source = room(path)
+    if source == "__init__":
+        assert not imported(path)
+        return
+    for name in imported(path):
+        target = name.split(".")[0]
+        assert target in RANK, f"{path}: {target} has no place in LAYERS"
+        allowed = RANK[target] <= RANK[source] or (source, target) in EXCEPTIONS
+        assert allowed, f"{path}: {source} must not import {target}"
+        if source in ("models", "data"):
+            assert target in (source, "errors"), f"{path}: {source} must not import {target}"
+
+
+def test_every_module_has_a_place():
+    assert {room(path) for path in MODULES} - {"__init__"} == set(RANK)
+
+
+def test_run_time_needs_no_torch():
+    for path in MODULES:
+        roots = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                roots.add((node.module or "").split(".")[0])
+            elif isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+        assert not roots & {"torch", "torchvision", "convert"}, path

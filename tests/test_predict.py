@@ -1,0 +1,83 @@
+"""A scan in, a mask on the same grid out, whatever the orientation."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from data.test_volumes import AXCODES, oriented
+
+from sammix_jax.config import load_config
+from sammix_jax.data import phantom
+from sammix_jax.errors import UserError
+from sammix_jax.predict import predict
+
+# A rotation by 20° about two axes: no axis of the grid lies along one of the body.
+OBLIQUE = nib.eulerangles.euler2mat(0.35, 0.1, 0.0)
+
+
+@pytest.fixture(scope="module")
+def scan():
+    """A small piece of a phantom in LPS: few, thick slices."""
+    made = phantom.make_patient(5, phantom.PORTAL)
+    image = oriented(nib.Nifti1Image(made.image, made.affine), "LPS")
+    return image.slicer[::2, 4:-6:2, 10:34:6]
+
+
+@pytest.fixture
+def config(workdir):
+    config = load_config(workdir)
+    config.evaluate.gate = False  # the small model must say something on every slice
+    return config
+
+
+def test_all_orientations_agree_in_the_world(tmp_path, workdir, config, scan):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for code in AXCODES:
+        nib.save(oriented(scan, code), scans / f"{code}.nii.gz")
+    rotated = nib.affines.from_matvec(OBLIQUE) @ scan.affine
+    nib.save(nib.Nifti1Image(np.asarray(scan.dataobj), rotated), scans / "oblique.nii.gz")
+
+    predicted = predict(config, workdir, scans, tmp_path / "masks")
+    assert len(predicted) == 49
+    reference = np.asarray(nib.load(tmp_path / "masks" / "LPS.nii.gz").dataobj)
+    assert 0.01 < reference.mean() < 0.9
+    for axis in range(3):  # else a flip would go unseen
+        assert not np.array_equal(reference, np.flip(reference, axis))
+    for code in AXCODES:
+        source = nib.load(scans / f"{code}.nii.gz")
+        mask = nib.load(tmp_path / "masks" / f"{code}.nii.gz")
+        assert mask.shape == source.shape
+        np.testing.assert_array_equal(mask.affine, source.affine)
+        back = oriented(mask, "LPS")
+        np.testing.assert_allclose(back.affine, scan.affine, atol=1e-4)
+        np.testing.assert_array_equal(np.asarray(back.dataobj), reference, err_msg=code)
+    oblique = nib.load(tmp_path / "masks" / "oblique.nii.gz")
+    np.testing.assert_allclose(oblique.affine, rotated, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(oblique.dataobj), reference)
+    assert len({round(p.organ_ml, 3) for p in predicted}) == 1
+
+
+def test_mask_overlay_and_volume(tmp_path, workdir, config, scan):
+    nib.save(scan, tmp_path / "scan.nii")
+    (made,) = predict(config, workdir, tmp_path / "scan.nii", tmp_path / "out" / "mask.nii.gz")
+    mask = nib.load(made.mask)
+    voxel_ml = abs(np.linalg.det(mask.affine[:3, :3])) / 1000
+    assert made.organ_ml == pytest.approx(np.asarray(mask.dataobj).sum() * voxel_ml)
+    assert made.overlay.read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"mask.nii.gz", "mask_overlay.png"}
+
+
+def test_refusals(tmp_path, workdir, config, scan):
+    path = tmp_path / "scan.nii.gz"
+    nib.save(scan, path)
+    with pytest.raises(UserError, match="that is the scan itself"):
+        predict(config, workdir, path, path)
+    with pytest.raises(UserError, match=r"ending in \.nii"):
+        predict(config, workdir, path, tmp_path / "mask")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \.nii or"):
+        predict(config, workdir, tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(UserError, match="no such file"):
+        predict(config, workdir, tmp_path / "nothing.nii.gz", tmp_path / "mask.nii.gz")
+    with pytest.raises(UserError, match="no checkpoint there"):
+        predict(config, tmp_path / "fresh", path, tmp_path / "mask.nii.gz")

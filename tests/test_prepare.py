@@ -1,0 +1,151 @@
+"""The slice store: right, resumable, and never half-written."""
+
+import json
+import os
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from sammix_jax import prepare as prepare_module
+from sammix_jax.data.slices import SliceStore
+from sammix_jax.errors import UserError
+from sammix_jax.prepare import central_slices, prepare
+
+AFFINE = np.diag([3.0, 3.0, 5.0, 1.0])  # RAS
+
+
+@pytest.fixture
+def lits(tmp_path):
+    """Three scans in LiTS layout, the last one unlabelled; the organ on slices 2 and 3."""
+    root = tmp_path / "scans"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        hu = rng.normal(0, 50, (40, 30, 6)).astype(np.int16)
+        mask = np.zeros(hu.shape, np.uint8)
+        mask[5:20, 10:20, 2:4] = 1
+        mask[8:10, 12:14, 3] = 2
+        nib.save(nib.Nifti1Image(hu, AFFINE), root / f"volume-{n}.nii.gz")
+        if n < 2:
+            nib.save(nib.Nifti1Image(mask, AFFINE), root / f"segmentation-{n}.nii.gz")
+    return root
+
+
+@pytest.fixture
+def config(config, lits):
+    config.data.root = str(lits)
+    return config
+
+
+def test_store_holds_what_the_scans_hold(config, tmp_path):
+    store = prepare(config, tmp_path / "run")
+    assert list(store.records) == ["volume-0", "volume-1", "volume-2"]
+    record = store.records["volume-0"]
+    assert record.shape == (6, 30, 40) and record.spacing == (5.0, 3.0, 3.0)
+    assert record.axcodes == "RAS" and record.affine == tuple(map(tuple, AFFINE.tolist()))
+    assert record.organ_pixels == (0, 0, 150, 150, 0, 0)
+    assert [store.organ_present(s) for s in store.slices("volume-0")] == [
+        False, False, True, True, False, False,
+    ]  # fmt: skip
+    assert [r.has_label for r in store.records.values()] == [True, True, False]
+    hu, mask = store.hu(store.slices("volume-0")[3]), store.mask(store.slices("volume-0")[3])
+    assert hu.shape == mask.shape == (64, 64)
+    assert hu.dtype == np.int16 and mask.dtype == np.uint8
+    # Canonical rows run to posterior, columns to the left: RAS is mirrored in both.
+    rows, columns = np.nonzero(mask)
+    assert rows.mean() == pytest.approx(64 / 40 * (40 - 30) / 2 + (29 - 14.5) * 64 / 40, abs=1)
+    assert columns.mean() == pytest.approx((39 - 12) * 64 / 40, abs=1)
+
+
+def test_manifest_lists_scan_slices_and_labels(config, tmp_path):
+    prepare(config, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "store" / "manifest.json").read_text())
+    scan = manifest["scans"][0]
+    assert {"name", "slices", "spacing", "affine", "label", "organ_pixels"} <= set(scan)
+    assert manifest["params"]["organ"] == "liver"
+
+
+def test_rerun_keeps_finished_scans(config, tmp_path, monkeypatch):
+    prepare(config, tmp_path / "run")
+    read = []
+    original = prepare_module.volumes.read_volume
+    monkeypatch.setattr(
+        prepare_module.volumes, "read_volume", lambda path: read.append(path) or original(path)
+    )
+    prepare(config, tmp_path / "run")
+    assert read == []
+    # A scan that changed since is prepared anew, and that one only.
+    changed = tmp_path / "scans" / "volume-1.nii.gz"
+    image = nib.load(changed)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + np.int16(7), AFFINE), changed)
+    store = prepare(config, tmp_path / "run")
+    assert read == [changed]
+    assert store.hu(store.slices("volume-1")[0]).mean() > -1024
+
+
+def test_a_full_disk_leaves_no_half_store(config, tmp_path, monkeypatch):
+    save, calls = np.save, []
+
+    def full(path, array):
+        calls.append(path)
+        if len(calls) == 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(path, array)
+
+    monkeypatch.setattr(np, "save", full)
+    config.data.workers = 1
+    with pytest.raises(UserError, match=r"No space left on device.*data\.store"):
+        prepare(config, tmp_path / "run")
+    root = tmp_path / "run" / "store"
+    assert not (root / "manifest.json").exists()
+    with pytest.raises(UserError, match="run --mode=prepare first"):
+        SliceStore.open(root)
+    left = list((root / "scans").iterdir())
+    assert "volume-1" not in {p.name for p in left}  # the one that met the full disk
+    assert left and all((p / "scan.json").exists() for p in left)
+    monkeypatch.setattr(np, "save", save)
+    assert len(prepare(config, tmp_path / "run").records) == 3
+
+
+def test_other_settings_in_the_same_store_are_refused(config, tmp_path):
+    prepare(config, tmp_path / "run")
+    config.data.size = 32
+    with pytest.raises(UserError, match=r"data\.size=64 \(now 32\)"):
+        prepare(config, tmp_path / "run")
+
+
+def test_a_bad_scan_stops_with_its_name(config, lits, tmp_path):
+    (lits / "volume-1.nii.gz").write_bytes((lits / "volume-1.nii.gz").read_bytes()[:500])
+    with pytest.raises(UserError, match=r"volume-1\.nii\.gz"):
+        prepare(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "store" / "manifest.json").exists()
+
+
+def test_a_moved_data_set_is_found_again(config, lits, tmp_path):
+    prepare(config, tmp_path / "run")
+    moved = tmp_path / "elsewhere"
+    os.rename(lits, moved)
+    config.data.root = str(moved)
+    store = prepare(config, tmp_path / "run")
+    assert store.records["volume-0"].image == str(moved / "volume-0.nii.gz")
+
+
+def test_central_slices_are_the_papers():
+    # m = 49.5: ceil(34.65) = 35 to floor(64.35) = 64, the end left out.
+    assert central_slices(100, 0.3) == range(35, 64)
+    assert central_slices(7, 1.0) == range(7)
+
+
+def test_central_fraction_that_leaves_nothing(config, tmp_path):
+    config.data.central_fraction = 0.05
+    with pytest.raises(UserError, match="central_fraction"):
+        prepare(config, tmp_path / "run")
+
+
+def test_no_root_and_no_phantom(config, tmp_path):
+    config.data.root = ""
+    config.data.phantom.scans = 0
+    with pytest.raises(UserError, match=r"data\.root is empty"):
+        prepare(config, tmp_path / "run")
