@@ -104,7 +104,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.log = log = ml_collections.ConfigDict()
     log.every_steps = 10
     log.validate_every_steps = 100
-    return config
+    # A misspelt field in a config file is an error, not a new field.
+    return config.lock()
 
 
 def claim_workdir(config, workdir) -> None:

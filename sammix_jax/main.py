@@ -54,7 +54,7 @@ def _run(mode: str, workdir: pathlib.Path) -> None:
     if mode in ("train", "prepare"):
         if _CONFIG.value is None:
             raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
-        config = _CONFIG.value.lock()
+        config = _CONFIG.value
         claim_workdir(config, workdir)
         store = prepare.prepare(config, workdir)
         if mode == "train":
@@ -64,7 +64,7 @@ def _run(mode: str, workdir: pathlib.Path) -> None:
     config = load_config(workdir)
     if _CONFIG.value is not None:
         claim_workdir(_CONFIG.value, workdir)
-        config = _CONFIG.value.lock()
+        config = _CONFIG.value
     if mode == "evaluate":
         _evaluate(config, workdir)
     else:
@@ -108,6 +108,18 @@ def _fail(message: str) -> int:
     return 1
 
 
+def _parse_flags(argv):
+    """Names a misspelt field or a missing config file without a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:
+        cause = error.args[0]  # ml_collections wraps the KeyError that says what was meant
+        text = cause.args[0] if isinstance(cause, KeyError) else cause
+        sys.exit(_fail(f"--config: no such field: {' '.join(str(text).split())}"))
+    except FileNotFoundError as error:
+        sys.exit(_fail(f"--config: {error}; the files are in configs/."))
+
+
 def _log_to_terminal() -> None:
     """This project's messages only: Orbax tells of every file it opens."""
     absl.logging.set_verbosity(absl.logging.WARNING)
@@ -127,4 +139,4 @@ def _cache_compilations() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -78,7 +78,7 @@ def make_train_step(model: SamMix, optimiser: optax.GradientTransformation, conf
         gradient = jax.grad(loss_fn, has_aux=True)
         grads, (metrics, batch_stats) = gradient(state.trainable)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         new_state = state.replace(
             step=state.step + 1,
             trainable=optax.apply_updates(state.trainable, updates),

@@ -63,3 +63,9 @@ def test_unknown_choices_are_named(section, field):
     config[section][field] = "nonsense"
     with pytest.raises(UserError, match=rf"{section}\.{field}='nonsense': expected one of"):
         sam_mix(config)
+
+
+def test_a_misspelt_field_is_no_new_field():
+    config = default_config()
+    with pytest.raises(AttributeError, match="learning_rate"):
+        config.train.learning_rat = 1.0

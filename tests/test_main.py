@@ -1,0 +1,103 @@
+"""The command line as a user types it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = [
+    "--config=configs/quickstart.py",
+    "--config.data.size=64",
+    "--config.model.image_size=64",
+    "--config.data.phantom.scans=4",
+    "--config.data.phantom.unlabelled=1",
+    "--config.data.split=(1,1,1)",
+    "--config.data.labelled_slices=5",
+    "--config.train.steps=4",
+    "--config.train.warmup_steps=1",
+    "--config.train.batch_labelled=2",
+    "--config.train.batch_unlabelled=2",
+    "--config.log.validate_every_steps=2",
+    "--config.checkpoint.every_steps=2",
+]
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "sammix_jax.main", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    return folder, run(*SMALL, f"--workdir={folder}")
+
+
+def test_train_does_it_all(trained):
+    folder, done = trained
+    assert done.returncode == 0, done.stderr
+    for name in ("config.json", "split.json", "labels.json", "metrics.csv", "report.html",
+                 "prediction.nii.gz", "prediction_overlay.png"):  # fmt: skip
+        assert (folder / name).exists(), name
+        if name.startswith(("report", "prediction")):
+            assert name in done.stdout
+    rows = [line.split()[0] for line in done.stdout.splitlines() if "±" in line or "–" in line]
+    assert rows == ["cam", "gt_box", "none"]
+
+
+def test_run_again_says_that_it_is_done(trained):
+    folder, _ = trained
+    before = (folder / "report.html").stat().st_mtime_ns
+    again = run(*SMALL, f"--workdir={folder}")
+    assert again.returncode == 0, again.stderr
+    assert "is trained and evaluated" in again.stdout and "gt_box" in again.stdout
+    assert (folder / "report.html").stat().st_mtime_ns == before
+
+
+def test_evaluate_and_predict_need_no_config(trained, tmp_path):
+    folder, _ = trained
+    evaluated = run("--mode=evaluate", f"--workdir={folder}")
+    assert evaluated.returncode == 0 and "gt_box" in evaluated.stdout, evaluated.stderr
+    scan = folder / "phantom" / "volume-0.nii.gz"
+    made = run("--mode=predict", f"--workdir={folder}", f"--input={scan}",
+               f"--output={tmp_path / 'mask.nii.gz'}")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert " mL" in made.stdout
+    assert nib.load(tmp_path / "mask.nii.gz").shape == nib.load(scan).shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.train.learning_rat=1"], "learning_rat"),
+        (["--config.input.window=(0.,100.)"], "input.window"),
+        (["--mode=predict"], "--input"),
+        (["leftover"], "leftover"),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(trained, arguments, message):
+    folder, _ = trained
+    made = run(*SMALL, f"--workdir={folder}", *arguments)
+    assert made.returncode != 0
+    assert message in made.stderr
+    assert "Traceback" not in made.stderr
+
+
+def test_bad_scan_is_named(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "volume-0.nii")
+    made = run("--mode=prepare", "--config=configs/lits.py", f"--config.data.root={tmp_path}",
+               f"--workdir={tmp_path / 'run'}")  # fmt: skip
+    assert made.returncode == 1
+    assert made.stderr.splitlines()[-1].startswith("error: ")
+    assert "volume-0.nii: every voxel is 0" in made.stderr
