@@ -108,6 +108,9 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
+get_config = default_config  # the name by which --config finds a file's config
+
+
 def claim_workdir(config, workdir) -> None:
     """Pins the config to its workdir, or checks that the workdir is this config's.
 

@@ -28,7 +28,9 @@ MODES = {
 }
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The run's config; evaluate and predict take the workdir's without it."
+    "config",
+    str(pathlib.Path(__file__).with_name("config.py")),
+    "The run's config; evaluate and predict take the workdir's without it.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _MODE = flags.DEFINE_enum(
@@ -51,27 +53,35 @@ def main(argv) -> int:
 
 
 def _run(mode: str, workdir: pathlib.Path) -> None:
-    if mode in ("train", "prepare"):
-        if _CONFIG.value is None:
-            raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
-        config = _CONFIG.value
+    config = _config(mode, workdir)
+    if mode == "prepare":
+        prepare.prepare(config, workdir)
+    elif mode == "train":
         claim_workdir(config, workdir)
-        store = prepare.prepare(config, workdir)
-        if mode == "train":
-            _train(config, workdir, store)
-        return
-
-    config = load_config(workdir)
-    if _CONFIG.value is not None:
-        claim_workdir(_CONFIG.value, workdir)
-        config = _CONFIG.value
-    if mode == "evaluate":
+        _train(config, workdir, prepare.prepare(config, workdir))
+    elif mode == "evaluate":
         _evaluate(config, workdir)
     else:
         if not _INPUT.value or not _OUTPUT.value:
             raise UserError("--mode=predict needs --input and --output.")
         for made in predict.predict(config, workdir, _INPUT.value, _OUTPUT.value):
             print(f"{made.mask}: {config.data.organ} {made.organ_ml:.1f} mL, see {made.overlay}")
+
+
+def _config(mode: str, workdir: pathlib.Path):
+    """The config of the command line; a trained workdir's own, where only parts are given."""
+    named = flags.FLAGS["config"].present
+    if mode in ("train", "prepare"):
+        if not named:
+            raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
+        return _CONFIG.value
+    config = load_config(workdir)
+    if named:
+        config = _CONFIG.value
+    else:
+        config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+    claim_workdir(config, workdir)  # refuses another normalisation or model
+    return config
 
 
 def _train(config, workdir: pathlib.Path, store: SliceStore) -> None:
@@ -100,6 +110,8 @@ def _evaluate(config, workdir: pathlib.Path) -> None:
     evaluation = evaluate.evaluate(config, workdir)
     table = evaluate.result_table(evaluation.summary)
     report.write_report(workdir / "report.html", evaluation, table, config, workdir)
+    for example in evaluation.examples:
+        report.write_case(workdir / "evaluation" / f"{example.scan}.png", example, config)
     print(f"\n{table}\n\nreport      {workdir / 'report.html'}")
 
 

@@ -43,6 +43,11 @@ def write_overlay(path, volume: Volume, mask: np.ndarray, config) -> None:
     _save(figure, path)
 
 
+def write_case(path, example: Example, config) -> None:
+    """A PNG of one evaluated scan: contours of truth and prediction, and the CAM with its box."""
+    _save(_example_figure(example, config), path)
+
+
 def write_report(path, evaluation: Evaluation, table: str, config, workdir) -> None:
     """`report.html`: one self-contained page with results, learning curves and cases.
 

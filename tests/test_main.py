@@ -69,6 +69,11 @@ def test_evaluate_and_predict_need_no_config(trained, tmp_path):
     folder, _ = trained
     evaluated = run("--mode=evaluate", f"--workdir={folder}")
     assert evaluated.returncode == 0 and "gt_box" in evaluated.stdout, evaluated.stderr
+    part = run("--mode=evaluate", f"--workdir={folder}", "--config.evaluate.part=val",
+               "--config.evaluate.protocols=('cam',)")  # fmt: skip
+    assert part.returncode == 0 and "gt_box" not in part.stdout, part.stderr
+    other = run("--mode=evaluate", f"--workdir={folder}", "--config.input.window=(0.,100.)")
+    assert other.returncode == 1 and "made with input.window=[-160.0, 240.0]" in other.stderr
     scan = folder / "phantom" / "volume-0.nii.gz"
     made = run("--mode=predict", f"--workdir={folder}", f"--input={scan}",
                f"--output={tmp_path / 'mask.nii.gz'}")  # fmt: skip

@@ -5,7 +5,6 @@ One patient trains and is scored on its own labelled slices; another one is pred
 
 import nibabel as nib
 import numpy as np
-import pytest
 
 from configs import quickstart
 from sammix_jax.config import claim_workdir
