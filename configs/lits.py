@@ -13,4 +13,8 @@ def get_config():
     config = default_config()
     config.data.resize = "stretch"
     config.data.central_fraction = 0.3
+    # About 12,000 steps an epoch: validated twice in each.
+    config.log.validate_every_steps = 6000
+    config.log.every_steps = 100
+    config.checkpoint.every_steps = 2000
     return config

@@ -7,10 +7,10 @@ Below WORKDIR/checkpoints:
 """
 
 import contextlib
+import pathlib
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from sammix_jax.errors import UserError
 from sammix_jax.train_step import TrainState
@@ -20,7 +20,7 @@ class Checkpoints:
     """A run's checkpoints; a context manager, so that the last save ends before the process."""
 
     def __init__(self, workdir, every_steps: int = 1, keep: int = 2):
-        self._root = epath.Path(workdir).resolve() / "checkpoints"
+        self._root = pathlib.Path(workdir).resolve() / "checkpoints"
         self._latest = ocp.CheckpointManager(
             self._root / "latest",
             options=ocp.CheckpointManagerOptions(save_interval_steps=every_steps, max_to_keep=keep),
@@ -60,12 +60,9 @@ class Checkpoints:
         best = self._best.best_step()
         if best is not None and score <= self._best.metrics(best)["score"]:
             return False
-        self._best.save(
-            step,
-            args=ocp.args.StandardSave(_inferring(state)),
-            metrics={"score": score},
+        return self._best.save(
+            step, args=ocp.args.StandardSave(_inferring(state)), metrics={"score": score}
         )
-        return True
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state, or None in a fresh workdir.

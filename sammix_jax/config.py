@@ -54,7 +54,10 @@ def default_config() -> ml_collections.ConfigDict:
     model.lora_targets = ("q", "v")  # (L)
     model.classifier = "resnet38"  # (F for ResNet-38, G for model A1); resnet18/34/50, mini
     model.classifier_stride = 32  # (F); 8 is the dilated form
+    model.freeze_batch_norm = False  # keep the classifier's running statistics as loaded
     model.mask_choice = "argmax_iou"  # of three (F/G); "single" takes SAM's single-mask token
+    model.sam_weights = ""  # file of python -m convert.sam; "" starts from random values
+    model.classifier_weights = ""  # file of python -m convert.classifier; "" as above
     model.dtype = "float32"  # compute dtype of SAM and the classifier; parameters stay float32
     model.remat = False  # recompute encoder blocks in the backward pass
 
@@ -65,8 +68,9 @@ def default_config() -> ml_collections.ConfigDict:
     cam.box = True  # the CAM's box prompts the decoder (S)
 
     config.loss = loss = ml_collections.ConfigDict()
-    loss.classification = 1.0  # (L)
-    loss.segmentation = 0.5  # (L)
+    loss.classifier = "cross_entropy"  # (L); "focal" with α .25, γ 2
+    loss.classification = 1.0  # weight (L)
+    loss.segmentation = 0.5  # weight (L)
     loss.dice_smooth = 1.0  # (L)
     loss.bce = 0.0  # weight of cross-entropy beside Dice
     loss.iou = 0.0  # weight of the IoU head's regression
@@ -112,14 +116,21 @@ get_config = default_config  # the name by which --config finds a file's config
 
 
 def claim_workdir(config, workdir) -> None:
-    """Pins the config to its workdir, or checks that the workdir is this config's.
+    """Pins the config to its workdir, once all of it is known to be sound."""
+    check_workdir(config, workdir)
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        write_json(path, json.loads(config.to_json()))
+
+
+def check_workdir(config, workdir) -> None:
+    """Checks that the workdir is this config's, or nobody's yet.
 
     Raises:
       UserError: the workdir belongs to another config; names the differing fields.
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
-        write_json(path, json.loads(config.to_json()))
         return
     saved, given = _flat(read_json(path)), _flat(json.loads(config.to_json()))
     differing = [

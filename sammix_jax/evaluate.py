@@ -12,14 +12,17 @@ from tqdm import tqdm
 from sammix_jax import metrics
 from sammix_jax.data import datasets, volumes
 from sammix_jax.data.files import read_json, whole_file, write_json
-from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import Split
 from sammix_jax.errors import UserError
-from sammix_jax.inference import PROTOCOLS, load_model, make_predict, predict_volume
+from sammix_jax.inference import load_model, make_predict, predict_volume
 from sammix_jax.prepare import central_slices
 
 _LOG = logging.getLogger(__name__)
+
+# "scored": scans where truth or prediction holds the organ; "failures": those of them where only
+# one does; "not scored": scans where neither does.
+COUNTS = ("scored", "failures", "not scored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +31,12 @@ class Case:
 
     Attributes:
       scan, protocol: which.
-      volume: Dice and HD95 in mm, 3D on the scan's own grid.
+      volume: Dice and HD95 in mm, 3D, of all slices on the scan's own grid. The distance is None
+        where the file has lost its spacing.
       slice_dice, slice_hausdorff: means over the slices that show the organ, at the model's slice
-        size, in pixels: the columns to compare with the paper's. None without such slices.
-      truth_ml, predicted_ml: volumes in mL.
+        size, in pixels, within the central part that `data.central_fraction` keeps: the columns to
+        compare with the paper's. None without such slices.
+      truth_ml, predicted_ml: volumes in mL, None where the file has lost its spacing.
     """
 
     scan: str
@@ -39,8 +44,8 @@ class Case:
     volume: metrics.VolumeScore
     slice_dice: float | None
     slice_hausdorff: float | None
-    truth_ml: float
-    predicted_ml: float
+    truth_ml: float | None
+    predicted_ml: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Example:
     """A slice for the report: the one that shows most of the organ, on the model's grid (H, W)."""
 
     scan: str
-    dice: float | None  # of the whole volume
+    dice: float | None  # of the whole volume, under the first protocol
     hu: np.ndarray
     truth: np.ndarray
     predicted: np.ndarray
@@ -58,7 +63,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """All cases, their summary by protocol, and one example a scan under the headline protocol."""
+    """All cases, their summary by protocol, and one example a scan under the first protocol."""
 
     cases: list[Case]
     summary: dict[str, dict]
@@ -66,19 +71,16 @@ class Evaluation:
 
 
 def evaluate(config, workdir) -> Evaluation:
-    """Evaluates the best checkpoint and writes WORKDIR/evaluation/{cases.csv,results.json}.
+    """Evaluates the best checkpoint; writes cases.csv and results.json into `results_folder`.
 
     Args:
       config: the run's config; `config.evaluate` says which scans and protocols.
       workdir: a trained workdir.
 
     Raises:
-      UserError: unknown protocols, no labelled scans, no checkpoint.
+      UserError: no labelled scans, bad ones, or no checkpoint.
     """
     protocols = tuple(config.evaluate.protocols)
-    unknown = sorted(set(protocols) - set(PROTOCOLS))
-    if unknown or not protocols:
-        raise UserError(f"evaluate.protocols={protocols}: expected some of {PROTOCOLS}.")
     scans = _scans(config, workdir)
     model, variables = load_model(config, workdir)
     predict = make_predict(model, config, protocols)
@@ -89,13 +91,19 @@ def evaluate(config, workdir) -> Evaluation:
         examples.append(example)
     summary = {p: _summarise([c for c in cases if c.protocol == p]) for p in protocols}
     evaluation = Evaluation(cases, summary, examples)
-    _write(evaluation, pathlib.Path(workdir) / "evaluation", config)
+    _write(evaluation, results_folder(config, workdir), config)
     return evaluation
+
+
+def results_folder(config, workdir) -> pathlib.Path:
+    """WORKDIR/evaluation/PART, or …/NAME of another folder of scans."""
+    name = pathlib.Path(config.evaluate.root).resolve().name if config.evaluate.root else ""
+    return pathlib.Path(workdir) / "evaluation" / (name or config.evaluate.part)
 
 
 def saved_summary(config, workdir) -> dict[str, dict] | None:
     """The summary of an earlier evaluation with the same settings, if there is one."""
-    path = pathlib.Path(workdir) / "evaluation" / "results.json"
+    path = results_folder(config, workdir) / "results.json"
     if not path.exists():
         return None
     results = read_json(path)
@@ -105,23 +113,22 @@ def saved_summary(config, workdir) -> dict[str, dict] | None:
 
 def result_table(summary: dict[str, dict]) -> str:
     """The summary as lines of text, a row a protocol."""
-    header = ("protocol", "Dice", "HD95 [mm]", "slice Dice", "slice HD [px]", "cases", "failures")
-    rows = [header]
+    rows = [("protocol", "Dice", "HD95 [mm]", "slice Dice", "slice HD [px]", *COUNTS)]
     for protocol, s in summary.items():
-        rows.append(
-            (
-                protocol,
-                _mean_std(s["dice"], 3),
-                _mean_std(s["hd95_mm"], 1),
-                _mean_std(s["slice_dice"], 3),
-                _mean_std(s["slice_hausdorff_px"], 1),
-                str(s["cases"]),
-                str(s["failures"]),
-            )
+        scores = (
+            _mean_std(s["dice"], 3),
+            _mean_std(s["hd95_mm"], 1),
+            _mean_std(s["slice_dice"], 3),
+            _mean_std(s["slice_hausdorff_px"], 1),
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        counts = (str(s[name.replace(" ", "_")]) for name in COUNTS)
+        rows.append((protocol, *scores, *counts))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _scans(config, workdir) -> list[datasets.Scan]:
@@ -134,12 +141,19 @@ def _scans(config, workdir) -> list[datasets.Scan]:
             raise UserError(f"evaluate.root={config.evaluate.root}: no scan there has a mask.")
         return scans
     split = Split(**read_json(pathlib.Path(workdir) / "split.json"))
-    records = SliceStore.open(data.store or pathlib.Path(workdir) / "store").records
+    store = pathlib.Path(data.store or pathlib.Path(workdir) / "store")
+    records = SliceStore.open(store).records
     names = split.part(config.evaluate.part)
     if not names:
         raise UserError(
             f"evaluate.part={config.evaluate.part}: that part of the split is empty; choose "
             "another with --config.evaluate.part=train."
+        )
+    missing = sorted(set(names) - set(records))
+    if missing:
+        raise UserError(
+            f"{store}: lacks the scans {missing[:5]} of the workdir's split; prepare the workdir's "
+            "data again with --mode=prepare."
         )
     return [
         datasets.Scan(
@@ -155,41 +169,39 @@ def _scans(config, workdir) -> list[datasets.Scan]:
 def _evaluate_scan(scan, predict, variables, protocols, config) -> tuple[list[Case], Example]:
     volume = volumes.read_volume(scan.image)
     truth = volumes.read_mask(scan.label, volume, scan.label_values)
-    kept = np.array(central_slices(len(truth), config.data.central_fraction))
-    volume, truth = dataclasses.replace(volume, hu=volume.hu[kept]), truth[kept]
-    slices, masks = predict_volume(predict, variables, volume, truth, config)
-    geometry = slice_geometry(
-        volume.hu.shape[1:], volume.spacing[1:], config.data.size, config.data.resize
-    )
-    squares = np.stack([geometry.mask_to_square(m) for m in truth])
+    predicted = predict_volume(predict, variables, volume, truth, config)
+    squares, logits = predicted.truth, predicted.slices.logits
+    central = central_slices(len(truth), config.data.central_fraction)
+    shown = [z for z in central if squares[z].any()]
     cases = []
     for protocol in protocols:
-        per_slice = [
-            metrics.slice_metrics(square, logits > 0)
-            for square, logits in zip(squares, slices.logits[protocol], strict=True)
-            if square.any()
-        ]
+        per_slice = [metrics.slice_metrics(squares[z], logits[protocol][z] > 0) for z in shown]
         slice_dice, slice_hausdorff = np.mean(per_slice, axis=0) if per_slice else (None, None)
+        mask = predicted.masks[protocol]
+        score = metrics.volume_metrics(truth, mask, volume.spacing)
+        voxel_ml = volume.voxel_ml
+        if not volume.has_spacing:
+            score, voxel_ml = dataclasses.replace(score, hd95=None), None
         cases.append(
             Case(
                 scan=scan.name,
                 protocol=protocol,
-                volume=metrics.volume_metrics(truth, masks[protocol], volume.spacing),
+                volume=score,
                 slice_dice=slice_dice,
                 slice_hausdorff=slice_hausdorff,
-                truth_ml=float(truth.sum() * volume.voxel_ml),
-                predicted_ml=float(masks[protocol].sum() * volume.voxel_ml),
+                truth_ml=voxel_ml and float(truth.sum() * voxel_ml),
+                predicted_ml=voxel_ml and float(mask.sum() * voxel_ml),
             )
         )
     z = int(squares.sum(axis=(1, 2)).argmax())
     example = Example(
         scan=scan.name,
         dice=cases[0].volume.dice,
-        hu=geometry.image_to_square(volume.hu[z]),
+        hu=predicted.hu[z],
         truth=squares[z],
-        predicted=slices.logits[protocols[0]][z] > 0,
-        cam=slices.cam[z],
-        box=slices.box[z],
+        predicted=logits[protocols[0]][z] > 0,
+        cam=predicted.slices.cam[z],
+        box=predicted.slices.box[z],
     )
     return cases, example
 
@@ -198,7 +210,7 @@ def _summarise(cases: list[Case]) -> dict:
     """Mean and standard deviation over scans; failures and unscored scans counted."""
     scored = [case for case in cases if case.volume.status != "both_empty"]
     return {
-        "cases": len(scored),
+        "scored": len(scored),
         "not_scored": len(cases) - len(scored),
         "failures": sum(case.volume.failed for case in scored),
         "dice": _moments([case.volume.dice for case in scored]),

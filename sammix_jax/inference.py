@@ -18,11 +18,6 @@ from sammix_jax.sam_mix import POSITIVE, SamMix, sam_mix
 from sammix_jax.sharding import make_mesh, replicated
 from sammix_jax.train_step import make_init
 
-# cam     nothing but the image goes in: CAM fusion and CAM box (the headline)
-# gt_box  the box of the true mask replaces the CAM's: an upper bound prompted by the answer
-# none    neither box nor fusion
-PROTOCOLS = ("cam", "gt_box", "none")
-
 # Logit of a pixel that is ruled out whole: far below 0, finite, so that resizing stays sound.
 OUTSIDE = -20.0
 
@@ -63,7 +58,8 @@ def make_predict(model: SamMix, config, protocols: tuple[str, ...]):
         logits = {}
         for protocol in protocols:
             if protocol == "cam":
-                mask = model_.segment(embeddings, size, prompt.mask, prompt.box).logits
+                box = prompt.box if config.cam.box else None
+                mask = model_.segment(embeddings, size, prompt.mask, box).logits
                 outside = negative
             elif protocol == "gt_box":
                 box, outside = mask_to_box(truth)
@@ -103,9 +99,25 @@ def _fill(array: np.ndarray, count: int) -> np.ndarray:
     return np.pad(array, [(0, count - len(array)), (0, 0), (0, 0)])
 
 
+class VolumePrediction(NamedTuple):
+    """Predictions for a scan of D slices.
+
+    Attributes:
+      masks: protocol → (D, H, W) bool on the scan's grid.
+      slices: the predictions on the store's grid of side S.
+      hu: (D, S, S) int16, what the model saw.
+      truth: (D, S, S) bool, or None.
+    """
+
+    masks: dict[str, np.ndarray]
+    slices: SlicePredictions
+    hu: np.ndarray
+    truth: np.ndarray | None
+
+
 def predict_volume(
     predict, variables: dict, volume: Volume, truth: np.ndarray | None, config
-) -> tuple[SlicePredictions, dict[str, np.ndarray]]:
+) -> VolumePrediction:
     """Predicts a whole scan.
 
     Args:
@@ -114,9 +126,6 @@ def predict_volume(
       volume: the scan, D slices of (H, W).
       truth: (D, H, W) bool for the protocol `gt_box`, else None.
       config: the run's config.
-
-    Returns:
-      The predictions on the store's grid, and protocol → (D, H, W) bool masks on the scan's.
     """
     geometry = slice_geometry(
         volume.hu.shape[1:], volume.spacing[1:], config.data.size, config.data.resize
@@ -128,7 +137,7 @@ def predict_volume(
         protocol: np.stack([geometry.logits_to_scan(square) > 0 for square in logits])
         for protocol, logits in slices.logits.items()
     }
-    return slices, masks
+    return VolumePrediction(masks, slices, hu, squares)
 
 
 def load_model(config, workdir) -> tuple[SamMix, dict]:

@@ -15,9 +15,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from sammix_jax import evaluate, predict, prepare, report, train
-from sammix_jax.config import claim_workdir, load_config
+from sammix_jax.config import check_workdir, load_config
+from sammix_jax.config_rules import check_config
 from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
+from sammix_jax.data.splits import SPLIT
 from sammix_jax.errors import UserError
 
 MODES = {
@@ -54,53 +56,61 @@ def main(argv) -> int:
 
 def _run(mode: str, workdir: pathlib.Path) -> None:
     config = _config(mode, workdir)
+    check_config(config)
     if mode == "prepare":
         prepare.prepare(config, workdir)
-    elif mode == "train":
-        claim_workdir(config, workdir)
-        _train(config, workdir, prepare.prepare(config, workdir))
+        return
+    check_workdir(config, workdir)
+    if mode == "train":
+        _train(config, workdir)
     elif mode == "evaluate":
         _evaluate(config, workdir)
     else:
         if not _INPUT.value or not _OUTPUT.value:
             raise UserError("--mode=predict needs --input and --output.")
         for made in predict.predict(config, workdir, _INPUT.value, _OUTPUT.value):
-            print(f"{made.mask}: {config.data.organ} {made.organ_ml:.1f} mL, see {made.overlay}")
+            volume = "size unknown" if made.organ_ml is None else f"{made.organ_ml:.1f} mL"
+            print(f"{made.mask}: {config.data.organ} {volume}, see {made.overlay}")
 
 
 def _config(mode: str, workdir: pathlib.Path):
     """The config of the command line; a trained workdir's own, where only parts are given."""
-    named = flags.FLAGS["config"].present
+    flag = flags.FLAGS["config"]
     if mode in ("train", "prepare"):
-        if not named:
+        if not flag.present:
             raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
         return _CONFIG.value
+    overrides = config_flags.get_override_values(flag)
+    if "data.root" in overrides:
+        raise UserError(
+            f"--mode={mode} takes no data.root, it uses the workdir's scans; to score others give "
+            "--mode=evaluate --config.evaluate.root=DIR."
+        )
+    if flag.present:
+        return _CONFIG.value
     config = load_config(workdir)
-    if named:
-        config = _CONFIG.value
-    else:
-        config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
-    claim_workdir(config, workdir)  # refuses another normalisation or model
+    config.update_from_flattened_dict(overrides)
     return config
 
 
-def _train(config, workdir: pathlib.Path, store: SliceStore) -> None:
+def _train(config, workdir: pathlib.Path) -> None:
+    store = prepare.prepare(config, workdir)
     trained = train.train(config, workdir, store)
-    prediction = workdir / "prediction.nii.gz"
     summary = None if trained else evaluate.saved_summary(config, workdir)
     if summary is None:
         _evaluate(config, workdir)
     else:
         print(f"\n{workdir} is trained and evaluated; its result:\n")
-        print(evaluate.result_table(summary))
+        _print_results(config, workdir, summary)
+    prediction = workdir / "prediction.nii.gz"
     if trained or not prediction.exists():
         predict.predict(config, workdir, _example_scan(store, workdir), prediction)
-    print(f"\noverlay     {workdir / 'prediction_overlay.png'}\nprediction  {prediction}")
+    print(f"overlay     {workdir / 'prediction_overlay.png'}\nprediction  {prediction}")
 
 
 def _example_scan(store: SliceStore, workdir: pathlib.Path) -> str:
     """A scan that trained nothing: an unlabelled one, else one of the test part."""
-    test = read_json(workdir / "split.json")["test"]
+    test = read_json(workdir / SPLIT)["test"]
     unlabelled = [name for name, record in store.records.items() if not record.has_label]
     name = [*unlabelled, *test, *store.records][0]
     return store.records[name].image
@@ -108,11 +118,14 @@ def _example_scan(store: SliceStore, workdir: pathlib.Path) -> str:
 
 def _evaluate(config, workdir: pathlib.Path) -> None:
     evaluation = evaluate.evaluate(config, workdir)
-    table = evaluate.result_table(evaluation.summary)
-    report.write_report(workdir / "report.html", evaluation, table, config, workdir)
-    for example in evaluation.examples:
-        report.write_case(workdir / "evaluation" / f"{example.scan}.png", example, config)
-    print(f"\n{table}\n\nreport      {workdir / 'report.html'}")
+    report.write_report(evaluate.results_folder(config, workdir), evaluation, config, workdir)
+    print()
+    _print_results(config, workdir, evaluation.summary)
+
+
+def _print_results(config, workdir: pathlib.Path, summary: dict) -> None:
+    page = evaluate.results_folder(config, workdir) / "report.html"
+    print(f"{evaluate.result_table(summary)}\n\nreport      {page}")
 
 
 def _fail(message: str) -> int:
@@ -124,8 +137,9 @@ def _parse_flags(argv):
     """Names a misspelt field or a missing config file without a traceback."""
     try:
         return app.parse_flags_with_usage(argv)
-    except AttributeError as error:
-        cause = error.args[0]  # ml_collections wraps the KeyError that says what was meant
+    except (AttributeError, KeyError) as error:
+        # ml_collections wraps the KeyError that says what was meant in an AttributeError.
+        cause = error.args[0]
         text = cause.args[0] if isinstance(cause, KeyError) else cause
         sys.exit(_fail(f"--config: no such field: {' '.join(str(text).split())}"))
     except FileNotFoundError as error:

@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import optax
 from flax import traverse_util
 
@@ -46,14 +45,12 @@ def merge_params(trainable: dict, frozen: dict) -> dict:
 
 
 def make_optimiser(config, steps: int) -> optax.GradientTransformation:
-    """Adam, with decoupled weight decay on matrices where asked for.
+    """Adam, with decoupled weight decay on kernels where asked for.
 
     Args:
       config: the `train` section.
       steps: length of the run, over which a schedule decays.
     """
-    if config.schedule not in SCHEDULES:
-        raise UserError(f"train.schedule={config.schedule!r}: expected one of {SCHEDULES}.")
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(
             0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
@@ -67,6 +64,10 @@ def make_optimiser(config, steps: int) -> optax.GradientTransformation:
             [config.warmup_steps],
         )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    # Biases, norms and single tokens are not decayed.
-    is_matrix = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-    return optax.chain(clip, optax.adamw(rate, weight_decay=config.weight_decay, mask=is_matrix))
+    decay = optax.adamw(rate, weight_decay=config.weight_decay, mask=_is_decayed)
+    return optax.chain(clip, decay)
+
+
+def _is_decayed(params: dict) -> dict:
+    """Kernels and LoRA's factors; no biases, norms, tokens or position tables."""
+    return {path: path.rsplit("/", 1)[-1] in ("kernel", "a", "b") for path in params}

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from sammix_jax import report
+from sammix_jax import figures
 from sammix_jax.data import volumes
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model, make_predict, predict_volume
@@ -16,11 +16,11 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What one predicted scan left behind."""
+    """What one predicted scan left behind; no volume where the scan has lost its spacing."""
 
     mask: pathlib.Path
     overlay: pathlib.Path
-    organ_ml: float
+    organ_ml: float | None
 
 
 def predict(config, workdir, source, target) -> list[Prediction]:
@@ -44,19 +44,21 @@ def predict(config, workdir, source, target) -> list[Prediction]:
     predictions = []
     for scan, mask_path in pairs:
         volume = volumes.read_volume(scan)
-        _, masks = predict_volume(step, variables, volume, None, config)
-        mask = masks["cam"]
+        mask = predict_volume(step, variables, volume, None, config).masks["cam"]
         volumes.write_mask(mask_path, mask, volume)
         overlay = mask_path.with_name(f"{volumes.stem(mask_path)}_overlay.png")
-        report.write_overlay(overlay, volume, mask, config)
-        organ_ml = float(np.count_nonzero(mask) * volume.voxel_ml)
-        _LOG.info("%s: %s %.1f mL → %s", scan, config.data.organ, organ_ml, mask_path)
+        figures.save(figures.overlay(volume, mask, config.input.window), overlay)
+        known = volume.has_spacing
+        organ_ml = float(np.count_nonzero(mask) * volume.voxel_ml) if known else None
+        _LOG.info("%s → %s", scan, mask_path)
         predictions.append(Prediction(mask_path, overlay, organ_ml))
     return predictions
 
 
 def _pairs(source: pathlib.Path, target: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
     if source.is_dir():
+        if volumes.is_nifti(target):
+            raise UserError(f"--output={target}: for a folder of scans give a folder.")
         scans = sorted(p for p in source.iterdir() if volumes.is_nifti(p) and p.name[0] != ".")
         if not scans:
             raise UserError(f"--input={source}: no .nii or .nii.gz file in that folder.")

@@ -7,6 +7,7 @@ last one stopped, also after a full disk.
 
 import concurrent.futures
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -25,6 +26,9 @@ from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
+# Each worker holds a whole scan; more of them wait for the disk and cost gigabytes.
+MOST_WORKERS = 8
+
 
 def prepare(config, workdir) -> SliceStore:
     """Brings the configured scans into the slice store and opens it.
@@ -34,7 +38,8 @@ def prepare(config, workdir) -> SliceStore:
       workdir: the run's folder; holds the phantom and the store unless the config places them.
 
     Raises:
-      UserError: any bad scan or mask, by file; the store prepared with other settings; a full disk.
+      UserError: bad scans or masks, all of them by file; a store of other settings or scans; a full
+        disk.
     """
     data = config.data
     root = pathlib.Path(data.root) if data.root else _phantom(data, pathlib.Path(workdir))
@@ -46,28 +51,32 @@ def prepare(config, workdir) -> SliceStore:
         "resize": data.resize,
         "central_fraction": data.central_fraction,
     }
-    _refuse_other_params(store, params)
+    _refuse_another_store(store, params, scans)
 
     begin = time.monotonic()
-    records, fresh = _prepare_scans(scans, store, params, workers=data.workers or os.cpu_count())
-    write_json(
-        store / MANIFEST,
-        {
-            "version": VERSION,
-            "params": params,
-            "scans": [record.to_json() for record in records],
-        },
-    )
+    finished = {scan.name: _finished(scan, store, params) for scan in scans}
+    missing = [scan for scan in scans if finished[scan.name] is None]
+    if missing:
+        # Until all is done again, nobody takes the store for whole.
+        (store / MANIFEST).unlink(missing_ok=True)
+        workers = data.workers or min(os.cpu_count(), MOST_WORKERS)
+        finished |= _prepare_scans(missing, store, params, workers)
+    records = [finished[scan.name] for scan in scans]
+    manifest = {"version": VERSION, "params": params, "scans": [r.to_json() for r in records]}
+    write_json(store / MANIFEST, manifest)
+
     seconds = time.monotonic() - begin
-    unlabelled = [r.name for r in records if not r.has_label]
+    unlabelled = [record.name for record in records if not record.has_label]
     _LOG.info(
         "prepared %d scans (%d new, %.2f scans/s): %d labelled, %d unlabelled%s → %s",
         len(records),
-        fresh,
-        fresh / max(seconds, 1e-9),
+        len(missing),
+        len(missing) / max(seconds, 1e-9),
         len(records) - len(unlabelled),
         len(unlabelled),
-        f" ({', '.join(unlabelled[:8])} …)" if unlabelled else "",
+        f" ({', '.join(unlabelled[:8])}{' …' if len(unlabelled) > 8 else ''})"
+        if unlabelled
+        else "",
         store,
     )
     return SliceStore.open(store)
@@ -86,49 +95,50 @@ def central_slices(count: int, fraction: float) -> range:
 
 def _phantom(data, workdir: pathlib.Path) -> pathlib.Path:
     """The embedded phantom data set, made on first use."""
-    if not data.phantom.scans:
+    made = data.phantom
+    if not made.scans:
         raise UserError("data.root is empty: give the folder that holds the scans.")
-    root = workdir / "phantom"
-    phantom.write_lits(
-        root,
-        data.phantom.scans,
-        data.phantom.seed,
-        phantom.DOMAINS[data.phantom.domain],
-        unlabelled=data.phantom.unlabelled,
-    )
+    # Another phantom is another folder, never a mixture.
+    root = workdir / f"phantom-{made.domain}-{made.scans}-{made.unlabelled}-{made.seed}"
+    domain = phantom.DOMAINS[made.domain]
+    phantom.write_lits(root, made.scans, made.seed, domain, unlabelled=made.unlabelled)
     return root
 
 
-def _prepare_scans(scans, store: pathlib.Path, params: dict, workers: int):
-    """Records of all scans in order, and how many had to be made."""
+def _prepare_scans(scans, store: pathlib.Path, params: dict, workers: int) -> dict:
+    """Records by scan name. Every scan is tried; what is wrong with any of them is told at once."""
+    records, faults = {}, []
     # Threads: decompression, resizing and writing all release the GIL.
     with (
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(scans), desc="prepare", unit="scan", disable=None) as bar,
     ):
-        jobs = [pool.submit(_prepare_scan, scan, store, params) for scan in scans]
-        try:
-            for job in concurrent.futures.as_completed(jobs):
-                job.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    results = [job.result() for job in jobs]
-    return [record for record, _ in results], sum(fresh for _, fresh in results)
+        jobs = {pool.submit(_prepare_scan, scan, store, params): scan for scan in scans}
+        for job in concurrent.futures.as_completed(jobs):
+            try:
+                records[jobs[job].name] = job.result()
+            except UserError as error:
+                faults.append(str(error))
+            bar.update()
+    if faults:
+        listed = "\n  ".join(faults[:20])
+        more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise UserError(listed if len(faults) == 1 else f"{len(faults)} scans:\n  {listed}{more}")
+    return records
 
 
-def _prepare_scan(scan: datasets.Scan, store: pathlib.Path, params: dict):
-    """The scan's record, and whether it had to be made."""
-    folder = store / "scans" / scan.name
-    fingerprint = _fingerprint(scan)
-    if (folder / "scan.json").exists():
-        record = ScanRecord.from_json(read_json(folder / "scan.json"))
-        if record.fingerprint == fingerprint:
-            # The data may have been moved as a whole since.
-            return dataclasses.replace(record, **_paths(scan)), False
-        shutil.rmtree(folder)
+def _finished(scan: datasets.Scan, store: pathlib.Path, params: dict) -> ScanRecord | None:
+    """The record of a scan that is whole in the store and unchanged since."""
+    path = store / "scans" / scan.name / "scan.json"
+    if not path.exists():
+        return None
+    record = ScanRecord.from_json(read_json(path))
+    # The data may have been moved as a whole since.
+    same = record.fingerprint == _fingerprint(scan, params)
+    return dataclasses.replace(record, **_paths(scan)) if same else None
 
+
+def _prepare_scan(scan: datasets.Scan, store: pathlib.Path, params: dict) -> ScanRecord:
     volume = volumes.read_volume(scan.image)
     depth = volume.hu.shape[0]
     mask = volumes.read_mask(scan.label, volume, scan.label_values) if scan.label else None
@@ -145,7 +155,7 @@ def _prepare_scan(scan: datasets.Scan, store: pathlib.Path, params: dict):
         name=scan.name,
         **_paths(scan),
         label_values=scan.label_values,
-        fingerprint=fingerprint,
+        fingerprint=_fingerprint(scan, params),
         shape=volume.hu.shape,
         spacing=volume.spacing,
         affine=tuple(tuple(row) for row in volume.affine.tolist()),
@@ -159,41 +169,49 @@ def _prepare_scan(scan: datasets.Scan, store: pathlib.Path, params: dict):
     if mask is not None:
         squares = [geometry.mask_to_square(mask[z]) for z in kept]
         arrays["mask.npy"] = np.stack(squares).astype(np.uint8)
-    _write_scan(folder, arrays, record)
-    return record, True
+    _write_scan(store / "scans" / scan.name, arrays, record)
+    return record
 
 
 def _write_scan(folder: pathlib.Path, arrays: dict, record: ScanRecord) -> None:
-    partial = folder.with_name(f".{folder.name}.partial")
+    # Two processes may prepare one store: each has a folder of its own until the scan is whole.
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(partial / name, array)
         write_json(partial / "scan.json", record.to_json())
+        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, UserError) as error:
         raise UserError(
             f"{folder}: could not be written ({error}); make room or place the store elsewhere "
             "with --config.data.store=DIR, then run again: finished scans are kept."
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refuse_other_params(store: pathlib.Path, params: dict) -> None:
-    """Two preparations in one folder would mix; the first settings are pinned before any scan."""
-    path = store / "params.json"
-    if path.exists():
-        found = read_json(path)
-        differing = sorted(k for k in params | found if params.get(k) != found.get(k))
-        if differing:
-            listed = ", ".join(f"data.{k}={found.get(k)} (now {params.get(k)})" for k in differing)
-            raise UserError(
-                f"{store}: prepared with {listed}; delete the folder or place this run's store "
-                "elsewhere with --config.data.store=DIR."
-            )
-    else:
-        write_json(path, params)
+def _refuse_another_store(store: pathlib.Path, params: dict, scans: list[datasets.Scan]) -> None:
+    """A whole store of other settings or other scans serves another run; it is not replaced."""
+    if not (store / MANIFEST).exists():
+        return
+    found = SliceStore.open(store)
+    fix = (
+        "delete the folder or place this run's store elsewhere with --config.data.store=DIR "
+        "(and give another --workdir)."
+    )
+    differing = sorted(k for k in params if params[k] != found.params.get(k))
+    if differing:
+        listed = ", ".join(f"data.{k}={found.params.get(k)} (now {params[k]})" for k in differing)
+        raise UserError(f"{store}: prepared with {listed}; {fix}")
+    vanished = sorted(set(found.records) - {scan.name for scan in scans}, key=datasets.natural)
+    if vanished:
+        raise UserError(
+            f"{store}: holds {len(vanished)} scans that the data set lacks, such as {vanished[0]}; "
+            f"{fix}"
+        )
 
 
 def _paths(scan: datasets.Scan) -> dict[str, str]:
@@ -201,7 +219,11 @@ def _paths(scan: datasets.Scan) -> dict[str, str]:
     return {"image": str(scan.image.resolve()), "label": label}
 
 
-def _fingerprint(scan: datasets.Scan) -> str:
-    paths = [p for p in (scan.image, scan.label) if p]
-    stats = [f"{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in paths]
-    return " ".join([*stats, *map(str, scan.label_values)])
+def _fingerprint(scan: datasets.Scan, params: dict) -> str:
+    """Changes with the files and with how they are prepared."""
+    try:
+        stats = [path.stat() for path in (scan.image, scan.label) if path]
+    except OSError as error:
+        raise UserError(f"{scan.image}: cannot be read ({error}); a broken link?") from error
+    files = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    return json.dumps([files, scan.label_values, params])

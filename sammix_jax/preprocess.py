@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-from sammix_jax.errors import UserError
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
 
 NORMALISATIONS = ("unit", "minmax", "sam")
@@ -36,7 +35,7 @@ def to_rgb(images: jax.Array, normalisation: str) -> jax.Array:
       (B, H, W, 3) float32.
     """
     if normalisation not in NORMALISATIONS:
-        raise UserError(f"input.normalise={normalisation!r}: expected one of {NORMALISATIONS}.")
+        raise ValueError(f"input.normalise={normalisation!r}: expected one of {NORMALISATIONS}.")
     if normalisation == "minmax":
         low = images.min(axis=(1, 2), keepdims=True)
         high = images.max(axis=(1, 2), keepdims=True)

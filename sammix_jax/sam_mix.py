@@ -15,12 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from sammix_jax.cam import CamPrompt, cam_prompt, grad_cam
-from sammix_jax.errors import UserError
 from sammix_jax.models.resnet import Classifier
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.preprocess import to_rgb
 
 POSITIVE = 1  # the class "this slice shows the organ"
+
+FUSIONS = ("add", "none")
+MASK_CHOICES = ("argmax_iou", "single")
+DTYPES = ("float32", "bfloat16")
+# How the decoder may be prompted when a model is scored; `cam` is the headline.
+# cam     nothing but the image goes in: CAM fusion and CAM box
+# gt_box  the box of the true mask replaces the CAM's: an upper bound prompted by the answer
+# none    neither box nor fusion
+PROTOCOLS = ("cam", "gt_box", "none")
 
 
 class Masks(NamedTuple):
@@ -55,6 +63,7 @@ class SamMix(nn.Module):
     lora_targets: tuple[str, ...]
     classifier_arch: str
     classifier_stride: int
+    freeze_batch_norm: bool
     cam_threshold: float
     cam_component: str
     cam_fusion: str
@@ -73,7 +82,10 @@ class SamMix(nn.Module):
             remat=self.remat,
         )
         self.classifier = Classifier(
-            arch=self.classifier_arch, output_stride=self.classifier_stride, dtype=self.dtype
+            arch=self.classifier_arch,
+            output_stride=self.classifier_stride,
+            dtype=self.dtype,
+            freeze_batch_norm=self.freeze_batch_norm,
         )
 
     def __call__(self, images: jax.Array, labelled: int, train: bool = False) -> SamMixOutput:
@@ -89,7 +101,8 @@ class SamMix(nn.Module):
         class_logits, features = self.classify(images, train)
         prompt = self.prompt(features[:labelled], images.shape[1:])
         embeddings = self.encode(images[:labelled])
-        masks = self.segment(embeddings, images.shape[1:], prompt.mask, prompt.box)
+        box = prompt.box if self.cam_box else None
+        masks = self.segment(embeddings, images.shape[1:], prompt.mask, box)
         return SamMixOutput(class_logits, prompt, masks)
 
     def classify(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -125,11 +138,9 @@ class SamMix(nn.Module):
         """
         if cam_mask is not None:
             embeddings = self._fuse(embeddings, cam_mask)
-        if boxes is not None and self.cam_box:
+        if boxes is not None:
             scale = self.image_size / jnp.array([size[1], size[0], size[1], size[0]], jnp.float32)
             boxes = (boxes * scale)[:, None]  # (B, P=1, 4)
-        else:
-            boxes = None
         low_res_logits, iou = self.sam.decode(
             embeddings, input_size=(self.image_size, self.image_size), boxes=boxes
         )  # (B, 1, 4, 4h, 4w), (B, 1, 4)
@@ -164,22 +175,7 @@ def _area_weights(target: int, source: int) -> np.ndarray:
 
 
 def sam_mix(config) -> SamMix:
-    """The model that a config describes.
-
-    Raises:
-      UserError: a field with a value that is no option.
-    """
-    choices = {
-        ("cam", "fusion"): ("add", "none"),
-        ("cam", "component"): ("largest", "peak", "all"),
-        ("model", "mask_choice"): ("argmax_iou", "single"),
-        ("model", "dtype"): ("float32", "bfloat16"),
-    }
-    for (section, field), options in choices.items():
-        if config[section][field] not in options:
-            raise UserError(
-                f"{section}.{field}={config[section][field]!r}: expected one of {options}."
-            )
+    """The model that a config describes; `config_rules.check_config` says what it may hold."""
     return SamMix(
         sam_variant=config.model.sam,
         image_size=config.model.image_size,
@@ -187,6 +183,7 @@ def sam_mix(config) -> SamMix:
         lora_targets=tuple(config.model.lora_targets),
         classifier_arch=config.model.classifier,
         classifier_stride=config.model.classifier_stride,
+        freeze_batch_norm=config.model.freeze_batch_norm,
         cam_threshold=config.cam.threshold,
         cam_component=config.cam.component,
         cam_fusion=config.cam.fusion,

@@ -9,9 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from sammix_jax.checkpoint import Checkpoints, abstract
+from sammix_jax.config import claim_workdir
 from sammix_jax.data.batches import Batches, prefetch
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import Split, load_or_draw
+from sammix_jax.data.splits import Split, keep, load_or_draw
 from sammix_jax.errors import UserError
 from sammix_jax.inference import make_predict, predict_slices
 from sammix_jax.metrics import dice
@@ -19,9 +20,12 @@ from sammix_jax.optim import make_optimiser
 from sammix_jax.sam_mix import sam_mix
 from sammix_jax.sharding import make_mesh, place_batch, replicated
 from sammix_jax.train_log import TrainLog
-from sammix_jax.train_step import TrainState, make_init, make_train_step
+from sammix_jax.train_step import TrainState, load_pretrained, make_init, make_train_step
 
 _LOG = logging.getLogger(__name__)
+
+# Finite before a state is kept: loss and gradients of the step, and the parameters it made.
+SOUND = ("loss", "gradient_norm", "parameter_norm")
 
 
 def train(config, workdir, store: SliceStore) -> bool:
@@ -29,7 +33,8 @@ def train(config, workdir, store: SliceStore) -> bool:
 
     Args:
       config: the run's config.
-      workdir: receives checkpoints, metrics.csv, tensorboard, split.json and labels.json.
+      workdir: receives config.json, split.json, labels.json, checkpoints, metrics.csv and
+        tensorboard.
       store: the prepared slices.
 
     Returns:
@@ -57,10 +62,13 @@ def train(config, workdir, store: SliceStore) -> bool:
     # ---- State: abstract first, then restored or initialised straight onto the mesh
     init = make_init(model, optimiser, config)
     like = abstract(jax.eval_shape(init), sharding)
+    # Data and model are sound: from here on the workdir belongs to this run.
+    claim_workdir(config, workdir)
+    keep(split, labelled, store, workdir)
     with Checkpoints(workdir, config.checkpoint.every_steps, config.checkpoint.keep) as checkpoints:
         state = checkpoints.restore(like)
         if state is None:
-            state = jax.jit(init, out_shardings=sharding)()
+            state = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
             checkpoints.save_frozen(state)
         start = int(state.step)
         _LOG.info(
@@ -104,10 +112,6 @@ def train(config, workdir, store: SliceStore) -> bool:
                     log.write(done, {f"train/{name}": v for name, v in metrics.items()})
                     bar.set_postfix(loss=f"{metrics['loss']:.3f}")
                     begin, begin_step = time.monotonic(), done
-                if done % config.checkpoint.every_steps == 0 or done == steps:
-                    # Before anything unsound is kept.
-                    _refuse_nan({"loss": float(metrics["loss"])}, done)
-                    checkpoints.save(state, done, last=done == steps)
                 if split.val and (done % config.log.validate_every_steps == 0 or done == steps):
                     scores = validate(predict, state, store, split, config)
                     log.write(done, {f"val/{name}": v for name, v in scores.items()})
@@ -115,6 +119,10 @@ def train(config, workdir, store: SliceStore) -> bool:
                     _LOG.info("step %d of %d: validation %s", done, steps, listed)
                     if "dice" in scores:
                         checkpoints.save_best(state, done, scores["dice"])
+                # After validation: a run stopped in it validates again.
+                if done % config.checkpoint.every_steps == 0 or done == steps:
+                    _refuse_nan({name: float(metrics[name]) for name in SOUND}, done)
+                    checkpoints.save(state, done, last=done == steps)
                     begin, begin_step = time.monotonic(), done
     return True
 

@@ -48,10 +48,12 @@ def read_log(workdir) -> list[tuple[int, str, float]]:
     path = pathlib.Path(workdir) / "metrics.csv"
     if not path.exists():
         return []
+    rows = []
     with open(path, newline="") as file:
-        return [
-            (int(row["step"]), row["metric"], float(row["value"]))
-            for row in csv.DictReader(file)
-            # A killed process may leave its last row half-written.
-            if row["step"] and row["metric"] and row["value"]
-        ]
+        for row in csv.DictReader(file):
+            try:
+                rows.append((int(row["step"]), row["metric"], float(row["value"])))
+            except (TypeError, ValueError):
+                # A killed process may leave its last row half-written; that step is repeated.
+                continue
+    return rows

@@ -4,11 +4,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from sammix_jax import losses
 from sammix_jax.optim import merge_params, split_params
 from sammix_jax.preprocess import augment, window
 from sammix_jax.sam_mix import SamMix, SamMixOutput
+from sammix_jax.weights import fill, load_weights
+
+CLASSIFICATION_LOSSES = {"cross_entropy": losses.cross_entropy, "focal": losses.focal_loss}
 
 
 @flax.struct.dataclass
@@ -51,6 +55,39 @@ def make_init(model: SamMix, optimiser: optax.GradientTransformation, config):
     return init
 
 
+def load_pretrained(state: TrainState, config) -> TrainState:
+    """Puts the values of `model.sam_weights` and `model.classifier_weights` in a new state.
+
+    LoRA and the classifier's head keep their random start. Arrays go straight to where the state's
+    lie, not through a compiled program, which would hold them as constants.
+
+    Raises:
+      UserError: a file that is missing, of another model, or does not fit leaf by leaf.
+    """
+    stats = traverse_util.flatten_dict(state.batch_stats, sep="/")
+    values = {}
+    for prefix, file, model, may_lack in (
+        ("sam", config.model.sam_weights, config.model.sam, (r".*/lora_[qkv]/[ab]",)),
+        ("classifier", config.model.classifier_weights, config.model.classifier, (r"head/.*",)),
+    ):
+        if file:
+            weights = load_weights(file, prefix, model)
+            leaves = state.trainable | state.frozen | stats
+            values |= fill(leaves, weights, prefix, source=file, may_lack=may_lack)
+
+    def replaced(leaves: dict) -> dict:
+        return {
+            path: jax.device_put(values[path], leaf.sharding) if path in values else leaf
+            for path, leaf in leaves.items()
+        }
+
+    return state.replace(
+        trainable=replaced(state.trainable),
+        frozen=replaced(state.frozen),
+        batch_stats=traverse_util.unflatten_dict(replaced(stats), sep="/"),
+    )
+
+
 def make_train_step(model: SamMix, optimiser: optax.GradientTransformation, config):
     """Returns `train_step(state, batch) -> (state, metrics)`; see `data.batches` for the batch.
 
@@ -78,10 +115,12 @@ def make_train_step(model: SamMix, optimiser: optax.GradientTransformation, conf
         gradient = jax.grad(loss_fn, has_aux=True)
         grads, (metrics, batch_stats) = gradient(state.trainable)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
         metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["parameter_norm"] = optax.tree.norm(trainable)
         new_state = state.replace(
             step=state.step + 1,
-            trainable=optax.apply_updates(state.trainable, updates),
+            trainable=trainable,
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
@@ -104,7 +143,8 @@ def sam_mix_loss(
     Returns:
       The loss, and its parts by name; scalars.
     """
-    classification = losses.cross_entropy(output.class_logits, organ_present)
+    classify = CLASSIFICATION_LOSSES[weights.classifier]
+    classification = classify(output.class_logits, organ_present)
     dice = losses.dice_loss(output.masks.logits, masks, smooth=weights.dice_smooth)
     segmentation = dice
     if weights.bce:

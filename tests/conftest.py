@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from sammix_jax import config as config_module
 from sammix_jax import prepare, train
 
 # A real CT, where it is at hand.
@@ -57,7 +56,6 @@ def workdir(tmp_path_factory):
     """A workdir trained on a few phantoms: whole, though no good."""
     folder = tmp_path_factory.mktemp("run")
     config = small_config()
-    config_module.claim_workdir(config, folder)
     train.train(config, folder, prepare.prepare(config, folder))
     return folder
 

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from sammix_jax.config import claim_workdir, default_config, load_config
+from sammix_jax.config_rules import check_config
 from sammix_jax.errors import UserError
 from sammix_jax.sam_mix import sam_mix
 
@@ -16,6 +17,7 @@ CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs")
 def test_every_config_describes_a_model(name):
     module = importlib.import_module(f"configs.{name}")
     assert "Command" in module.__doc__
+    check_config(module.get_config())
     sam_mix(module.get_config())
 
 
@@ -55,14 +57,40 @@ def test_saved_by_another_version(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "field"),
-    [("cam", "fusion"), ("cam", "component"), ("model", "mask_choice"), ("model", "dtype")],
+    ("field", "value", "expected"),
+    [
+        ("cam.fusion", "times", "one of add, none"),
+        ("cam.component", "first", "one of largest, peak, all"),
+        ("cam.threshold", 0.0, "above 0 to 1"),
+        ("data.resize", "crop", "one of fit, stretch"),
+        ("data.phantom.domain", "arterial", "one of portal, unenhanced"),
+        ("data.labelled_slices", -1, "at least 0"),
+        ("input.window", (240.0, -160.0), "low < high"),
+        ("input.window", (40.0, 40.0), "low < high"),
+        ("model.sam", "vit_x", "vit_b"),
+        ("model.image_size", 1000, "a multiple of 16"),
+        ("model.classifier_stride", 4, "one of 32, 16, 8 for model.classifier=resnet38"),
+        ("model.lora_targets", ("x",), "some of q, k, v"),
+        ("train.batch_labelled", 0, "at least 1"),
+        ("evaluate.protocols", ("oracle",), "some of cam, gt_box, none"),
+        ("evaluate.part", "holdout", "one of train, val, test"),
+        ("checkpoint.every_steps", 0, "at least 1"),
+    ],
 )
-def test_unknown_choices_are_named(section, field):
+def test_values_that_no_run_could_use(field, value, expected):
     config = default_config()
-    config[section][field] = "nonsense"
-    with pytest.raises(UserError, match=rf"{section}\.{field}='nonsense': expected one of"):
-        sam_mix(config)
+    check_config(config)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=rf"config: {field}=.*: expected .*{expected}"):
+        check_config(config)
+
+
+def test_all_faults_are_told_at_once():
+    config = default_config()
+    config.data.size, config.train.schedule = 0, "step"
+    with pytest.raises(UserError, match=r"data\.size=0.*") as error:
+        check_config(config)
+    assert "train.schedule='step'" in str(error.value)
 
 
 def test_a_misspelt_field_is_no_new_field():

@@ -38,26 +38,25 @@ def test_unseen_patients_under_three_protocols(run, config):
     assert {case.scan for case in evaluation.cases} == set(split["test"])
     assert list(evaluation.summary) == ["cam", "gt_box", "none"]
     for summary in evaluation.summary.values():
-        assert summary["cases"] == 1
+        assert summary["scored"] == 1
         assert 0 <= summary["dice"]["mean"] <= 1
         assert summary["hd95_mm"]["mean"] > 0
-    # The box of the truth bounds the mask to slices that show the organ.
     by = {case.protocol: case for case in evaluation.cases}
-    assert by["gt_box"].volume.dice > by["cam"].volume.dice
+    assert len({case.predicted_ml for case in evaluation.cases}) == 3  # three ways to prompt
 
     table = result_table(evaluation.summary)
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["cam", "gt_box", "none"]
-    with open(run / "evaluation" / "cases.csv", newline="") as file:
+    with open(run / "evaluation" / "test" / "cases.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and float(rows[0]["dice"]) == by["cam"].volume.dice
     assert saved_summary(config, run) == evaluation.summary
     config.evaluate.gate = True
     assert saved_summary(config, run) is None
 
-    write_report(run / "report.html", evaluation, table, config, run)
-    page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4  # curves and three cases
-    assert "gt_box" in page and "http" not in page.replace("http-equiv", "")
+    page = write_report(run / "out", evaluation, config, run).read_text()
+    assert page.count("data:image/png;base64,") == 2  # the curves and the one case
+    assert "gt_box" in page and "http" not in page  # self-contained
+    assert (run / "out" / f"{evaluation.cases[0].scan}.png").exists()
 
 
 def test_scores_are_those_of_the_masks_on_the_scans_grid(run, config):
@@ -100,6 +99,31 @@ def test_another_folder(run, config, tmp_path):
     config.evaluate.protocols = ("cam",)
     evaluation = evaluate(config, run)
     assert [case.scan for case in evaluation.cases] == ["s0000"]
+    assert (run / "evaluation" / "other" / "results.json").exists()  # beside the run's own
+
+
+def test_whole_volumes_are_scored_whatever_part_trained(run, config):
+    """The central part that training keeps limits the slice columns, not the volume."""
+    config.evaluate.protocols = ("cam",)
+    (whole,) = evaluate(config, run).cases
+    config.data.central_fraction = 0.3
+    (central,) = evaluate(config, run).cases
+    assert central.volume == whole.volume and central.truth_ml == whole.truth_ml
+    assert central.slice_dice != whole.slice_dice
+
+
+def test_no_millimetres_without_spacing(run, config, tmp_path):
+    made = phantom.make_patient(3)
+    root = tmp_path / "lost"
+    root.mkdir()
+    labels = made.labels["liver"]
+    nib.save(nib.Nifti1Image(made.image, np.eye(4)), root / "volume-0.nii.gz")
+    nib.save(nib.Nifti1Image(labels, np.eye(4)), root / "segmentation-0.nii.gz")
+    config.evaluate.root = str(root)
+    config.evaluate.protocols = ("gt_box",)
+    (case,) = evaluate(config, run).cases
+    assert case.volume.dice > 0 and case.volume.hd95 is None
+    assert case.truth_ml is None and case.predicted_ml is None
 
 
 def case(dice, hd95, status):
@@ -114,21 +138,19 @@ def test_failures_stay_in_the_mean():
     ])  # fmt: skip
     assert summary["dice"]["mean"] == pytest.approx(0.45)
     assert summary["hd95_mm"]["mean"] == pytest.approx(52.0)
-    assert (summary["cases"], summary["failures"], summary["not_scored"]) == (2, 1, 1)
+    assert (summary["scored"], summary["failures"], summary["not_scored"]) == (2, 1, 1)
     assert summary["slice_hausdorff_px"] is None
     empty = _summarise([case(None, None, "both_empty")])
     assert empty["dice"] is None and "–" in result_table({"cam": empty})
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("protocols", ("oracle",), "expected some of"),
-        ("part", "holdout", "expected one of train, val, test"),
-        ("root", "/nowhere", "no such folder"),
-    ],
-)
-def test_refusals(run, config, field, value, message):
-    config.evaluate[field] = value
-    with pytest.raises(UserError, match=message):
+def test_refusals(run, config):
+    config.evaluate.root = "/nowhere"
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate(config, run)
+    config.evaluate.root = ""
+    manifest = read_json(run / "store" / "manifest.json")
+    manifest["scans"] = []
+    (run / "store" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="lacks the scans"):
         evaluate(config, run)

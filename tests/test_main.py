@@ -47,10 +47,11 @@ def trained(tmp_path_factory):
 def test_train_does_it_all(trained):
     folder, done = trained
     assert done.returncode == 0, done.stderr
-    for name in ("config.json", "split.json", "labels.json", "metrics.csv", "report.html",
-                 "prediction.nii.gz", "prediction_overlay.png"):  # fmt: skip
+    for name in ("config.json", "split.json", "labels.json", "metrics.csv",
+                 "evaluation/test/report.html", "prediction.nii.gz",
+                 "prediction_overlay.png"):  # fmt: skip
         assert (folder / name).exists(), name
-        if name.startswith(("report", "prediction")):
+        if name.startswith(("evaluation", "prediction")):
             assert name in done.stdout
     rows = [line.split()[0] for line in done.stdout.splitlines() if "±" in line or "–" in line]
     assert rows == ["cam", "gt_box", "none"]
@@ -58,11 +59,12 @@ def test_train_does_it_all(trained):
 
 def test_run_again_says_that_it_is_done(trained):
     folder, _ = trained
-    before = (folder / "report.html").stat().st_mtime_ns
+    before = (folder / "evaluation" / "test" / "report.html").stat().st_mtime_ns
     again = run(*SMALL, f"--workdir={folder}")
     assert again.returncode == 0, again.stderr
     assert "is trained and evaluated" in again.stdout and "gt_box" in again.stdout
-    assert (folder / "report.html").stat().st_mtime_ns == before
+    assert "report.html" in again.stdout and "prediction.nii.gz" in again.stdout
+    assert (folder / "evaluation" / "test" / "report.html").stat().st_mtime_ns == before
 
 
 def test_evaluate_and_predict_need_no_config(trained, tmp_path):
@@ -86,6 +88,9 @@ def test_evaluate_and_predict_need_no_config(trained, tmp_path):
     ("arguments", "message"),
     [
         (["--config.train.learning_rat=1"], "learning_rat"),
+        (["--config.nothing.at_all=1"], "nothing"),
+        (["--config.train.schedule=step"], "train.schedule='step': expected one of"),
+        (["--mode=evaluate", "--config.data.root=elsewhere"], "--config.evaluate.root"),
         (["--config.input.window=(0.,100.)"], "input.window"),
         (["--mode=predict"], "--input"),
         (["leftover"], "leftover"),
@@ -106,3 +111,10 @@ def test_bad_scan_is_named(tmp_path):
     assert made.returncode == 1
     assert made.stderr.splitlines()[-1].startswith("error: ")
     assert "volume-0.nii: every voxel is 0" in made.stderr
+
+
+def test_a_mistake_does_not_bind_the_workdir(tmp_path):
+    """What the message says to do can be done in the same workdir."""
+    wrong = run(*SMALL, f"--workdir={tmp_path}", "--config.data.labelled_slices=5000")
+    assert wrong.returncode == 1 and "ask for fewer" in wrong.stderr
+    assert not (tmp_path / "config.json").exists()

@@ -50,17 +50,18 @@ def test_schedules():
     np.testing.assert_allclose(rates(config, 10, (0, 2, 8)), (0, 0.05, 0.1), rtol=1e-3, atol=1e-9)
     config.schedule = "cosine"
     np.testing.assert_allclose(rates(config, 10, (4, 7, 10)), (0.1, 0.05, 0), rtol=1e-3, atol=1e-6)
-    config.schedule = "step"
-    with pytest.raises(UserError, match=r"train\.schedule"):
-        make_optimiser(config, 10)
 
 
-def test_decay_spares_biases():
+def test_decay_spares_biases_and_tables():
     config = default_config().train
     config.weight_decay, config.learning_rate = 0.5, 0.1
     optimiser = make_optimiser(config, 10)
-    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    kept = ("sam/x/bias", "sam/x/rel_pos_h", "sam/pos_embed", "sam/mask_decoder/mask_tokens")
+    decayed = ("sam/x/kernel", "sam/x/lora_q/a")
+    params = {path: jnp.ones((2, 2)) for path in kept + decayed}
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimiser.update(zero, optimiser.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -0.05)
-    np.testing.assert_allclose(updates["bias"], 0)
+    for path in decayed:
+        np.testing.assert_allclose(updates[path], -0.05)
+    for path in kept:
+        np.testing.assert_allclose(updates[path], 0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sammix_jax import prepare as prepare_module
-from sammix_jax.data.slices import SliceStore
+from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.errors import UserError
 from sammix_jax.prepare import central_slices, prepare
 
@@ -79,9 +79,11 @@ def test_rerun_keeps_finished_scans(config, tmp_path, monkeypatch):
     changed = tmp_path / "scans" / "volume-1.nii.gz"
     image = nib.load(changed)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + np.int16(7), AFFINE), changed)
+    before = SliceStore.open(tmp_path / "run" / "store")
+    mean = before.hu(SliceId("volume-1", 0))[16:48].mean()
     store = prepare(config, tmp_path / "run")
     assert read == [changed]
-    assert store.hu(store.slices("volume-1")[0]).mean() > -1024
+    assert store.hu(SliceId("volume-1", 0))[16:48].mean() == pytest.approx(mean + 7, abs=0.1)
 
 
 def test_a_full_disk_leaves_no_half_store(config, tmp_path, monkeypatch):
@@ -116,11 +118,44 @@ def test_other_settings_in_the_same_store_are_refused(config, tmp_path):
         prepare(config, tmp_path / "run")
 
 
-def test_a_bad_scan_stops_with_its_name(config, lits, tmp_path):
-    (lits / "volume-1.nii.gz").write_bytes((lits / "volume-1.nii.gz").read_bytes()[:500])
+def test_settings_that_never_made_a_store_bind_nobody(config, tmp_path):
+    config.data.central_fraction = 0.05
+    with pytest.raises(UserError, match="central_fraction"):
+        prepare(config, tmp_path / "run")
+    config.data.central_fraction = 1.0
+    assert len(prepare(config, tmp_path / "run").records) == 3
+
+
+def test_all_bad_scans_are_told_at_once(config, lits, tmp_path):
+    for n in (0, 2):
+        path = lits / f"volume-{n}.nii.gz"
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match="2 scans") as error:
+        prepare(config, tmp_path / "run")
+    assert "volume-0.nii.gz" in str(error.value) and "volume-2.nii.gz" in str(error.value)
+    assert not (tmp_path / "run" / "store" / "manifest.json").exists()
+
+
+def test_a_scan_that_turned_bad_unmakes_the_store(config, lits, tmp_path):
+    prepare(config, tmp_path / "run")
+    (lits / "volume-1.nii.gz").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"volume-1\.nii\.gz"):
         prepare(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "store" / "manifest.json").exists()
+    with pytest.raises(UserError, match="prepare first"):
+        SliceStore.open(tmp_path / "run" / "store")
+
+
+def test_a_store_of_other_scans_is_not_replaced(config, lits, tmp_path):
+    prepare(config, tmp_path / "run")
+    (lits / "volume-2.nii.gz").rename(lits / "volume-7.nii.gz")
+    with pytest.raises(UserError, match="holds 1 scans that the data set lacks, such as volume-2"):
+        prepare(config, tmp_path / "run")
+
+
+def test_a_broken_link_is_named(config, lits, tmp_path):
+    (lits / "volume-3.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    with pytest.raises(UserError, match=r"volume-3\.nii\.gz: no such file"):
+        prepare(config, tmp_path / "run")
 
 
 def test_a_moved_data_set_is_found_again(config, lits, tmp_path):
@@ -136,12 +171,6 @@ def test_central_slices_are_the_papers():
     # m = 49.5: ceil(34.65) = 35 to floor(64.35) = 64, the end left out.
     assert central_slices(100, 0.3) == range(35, 64)
     assert central_slices(7, 1.0) == range(7)
-
-
-def test_central_fraction_that_leaves_nothing(config, tmp_path):
-    config.data.central_fraction = 0.05
-    with pytest.raises(UserError, match="central_fraction"):
-        prepare(config, tmp_path / "run")
 
 
 def test_no_root_and_no_phantom(config, tmp_path):

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sammix_jax.errors import UserError
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
 from sammix_jax.preprocess import augment, to_rgb, window
 
@@ -24,7 +23,7 @@ def test_normalisations():
     assert (minmax[1] == 0).all()  # a slice of air: no range to stretch, and no NaN
     expected = (np.asarray(images)[..., None] * 255 - PIXEL_MEAN) / PIXEL_STD
     np.testing.assert_allclose(sam, expected, rtol=1e-6)
-    with pytest.raises(UserError, match=r"input\.normalise"):
+    with pytest.raises(ValueError, match=r"input\.normalise"):
         to_rgb(images, "none")
 
 

@@ -96,3 +96,16 @@ def test_unlabelled_slices_do_not_change_the_masks(config, images):
     together = model.apply(variables, images, labelled=1).masks.logits
     alone = model.apply(variables, images[:1], labelled=1).masks.logits
     np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def test_a_given_box_prompts_even_where_the_cams_does_not(config, images):
+    """So that the row prompted by the truth is what it says, also without CAM boxes."""
+    config.cam.box = False
+    model, variables = build(config, images)
+    embeddings = model.apply(variables, images, method="encode")
+    boxes = jnp.array([[[4.0, 4.0, 20.0, 20.0]] * 3, [[30.0, 30.0, 60.0, 60.0]] * 3])
+    one, two = (
+        model.apply(variables, embeddings, (64, 64), None, box, method="segment").logits
+        for box in boxes
+    )
+    assert float(jnp.abs(one - two).max()) > 1e-3

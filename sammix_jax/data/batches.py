@@ -59,8 +59,9 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which each slice with an image-level label comes about once."""
-        return (len(self.labelled) + len(self.unlabelled)) / sum(self.sizes)
+        """Steps in one pass over the slices without masks; over those with, where these are all."""
+        labelled, unlabelled = self.sizes
+        return len(self.unlabelled) / unlabelled if unlabelled else len(self.labelled) / labelled
 
     def _draw(self, pool, size: int, step: int, stream: int) -> list[SliceId]:
         """`size` slices: the pool is shuffled anew for each pass over it."""

@@ -9,10 +9,10 @@ unlabelled scan; a mask without a scan is an error.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 
+from sammix_jax.data.files import read_json
 from sammix_jax.data.volumes import is_nifti, stem
 from sammix_jax.errors import UserError
 
@@ -60,6 +60,10 @@ def find_scans(root, organ: str, label_values: tuple[int, ...] = ()) -> list[Sca
             f"data.root={root}: no scans found (it holds {found or 'nothing'}), expected one of: "
             f"{LAYOUTS}."
         )
+    names = [scan.name for scan in scans]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{root}: several files for the scans {repeated[:5]}; keep one of each.")
     if label_values:
         scans = [dataclasses.replace(s, label_values=tuple(label_values)) for s in scans]
     return sorted(scans, key=lambda s: natural(s.name))
@@ -88,10 +92,9 @@ def _find_lits(root: pathlib.Path, organ: str) -> list[Scan]:
 def _find_decathlon(root: pathlib.Path, organ: str) -> list[Scan]:
     if not (root / "imagesTr").is_dir():
         return []
-    # nnU-Net numbers its channels; CT has the one, _0000.
-    images = _by_name((root / "imagesTr").iterdir(), lambda s: re.sub(r"_0000$", "", s))
+    images = _by_name((root / "imagesTr").iterdir(), _case_name)
     labels = _by_name((root / "labelsTr").glob("*"), str)
-    unlabelled = _by_name((root / "imagesTs").glob("*"), lambda s: re.sub(r"_0000$", "", s))
+    unlabelled = _by_name((root / "imagesTs").glob("*"), _case_name)
     values = _decathlon_values(root, organ) if labels else (1,)
     _refuse_orphans(images, labels, "imagesTr/{}.nii.gz")
     repeated = sorted(set(images) & set(unlabelled))
@@ -104,6 +107,13 @@ def _find_decathlon(root: pathlib.Path, organ: str) -> list[Scan]:
     return scans + [Scan(key, path, None, values) for key, path in unlabelled.items()]
 
 
+def _case_name(name: str) -> str:
+    """nnU-Net numbers its channels; CT has the one, _0000."""
+    if re.search(r"_000[1-9]$", name):
+        raise UserError(f"{name}: a second channel, expected CT with _0000 alone; remove it.")
+    return name.removesuffix("_0000")
+
+
 def _decathlon_values(root: pathlib.Path, organ: str) -> tuple[int, ...]:
     """The organ's label values by dataset.json, in the Decathlon's or in nnU-Net's form."""
     path = root / "dataset.json"
@@ -112,15 +122,18 @@ def _decathlon_values(root: pathlib.Path, organ: str) -> tuple[int, ...]:
             f"{path}: no such file, so the label value of data.organ={organ} is unknown; add it, "
             'as {"labels": {"background": 0, "' + organ + '": 1}}.'
         )
-    try:
-        labels = json.loads(path.read_text())["labels"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected JSON with a field 'labels' ({error!r}).") from error
+    fields = read_json(path)
     values: dict[str, tuple[int, ...]] = {}
-    for key, value in labels.items():
-        name, number = (value, key) if str(key).isdigit() else (key, value)
-        numbers = number if isinstance(number, list) else [number]
-        values[str(name).lower()] = tuple(int(n) for n in numbers)
+    try:
+        for key, value in fields["labels"].items():
+            name, number = (value, key) if str(key).isdigit() else (key, value)
+            numbers = number if isinstance(number, list) else [number]
+            values[str(name).lower()] = tuple(int(n) for n in numbers)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: its 'labels' cannot be read ({error!r}), expected names with whole numbers, "
+            f'as {{"background": 0, "{organ}": 1}}.'
+        ) from error
     if organ not in values:
         known = sorted(set(values) - {"background", "ignore"})
         raise UserError(f"data.organ={organ}: {path} names {known}; choose one of these.")

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 AIR_HU = -1024
+RESIZES = ("fit", "stretch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def slice_geometry(
     if resize == "stretch":
         return SliceGeometry(shape, size, 0, 0, size, size)
     if resize != "fit":
-        raise ValueError(f"resize={resize!r}: expected 'fit' or 'stretch'.")
+        raise ValueError(f"resize={resize!r}: expected one of {RESIZES}.")
     extent = np.multiply(shape, spacing)
     height, width = (int(n) for n in np.maximum(1, np.rint(size * extent / extent.max())))
     return SliceGeometry(shape, size, (size - height) // 2, (size - width) // 2, height, width)

@@ -9,11 +9,11 @@ Layout, below the store's root:
 
 import dataclasses
 import functools
-import json
+import pathlib
 
 import numpy as np
-from etils import epath
 
+from sammix_jax.data.files import read_json
 from sammix_jax.data.geometry import SliceGeometry
 from sammix_jax.errors import UserError
 
@@ -72,10 +72,10 @@ class SliceId:
 
 
 class SliceStore:
-    """Read access to a prepared store; arrays are memory-mapped where the folder is local."""
+    """Read access to a prepared store; arrays are memory-mapped."""
 
     def __init__(self, root, params: dict, records: list[ScanRecord]):
-        self.root = epath.Path(root)
+        self.root = pathlib.Path(root)
         self.params = params
         self.records = {record.name: record for record in records}
         # Each mapped array holds a file descriptor, of which a process commonly has 1024.
@@ -88,13 +88,10 @@ class SliceStore:
         Raises:
           UserError: no manifest there, or one of another version.
         """
-        path = epath.Path(root) / MANIFEST
+        path = pathlib.Path(root) / MANIFEST
         if not path.exists():
             raise UserError(f"{path}: no such file; run --mode=prepare first.")
-        try:
-            manifest = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: damaged ({error}); delete it and prepare again.") from error
+        manifest = read_json(path)
         if manifest["version"] != VERSION:
             raise UserError(
                 f"{path}: a store of version {manifest['version']}, this code reads {VERSION}; "

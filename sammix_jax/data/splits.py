@@ -1,6 +1,8 @@
 """Which patients train, validate and test, and which slices lend their masks; kept as files."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 
 import numpy as np
@@ -10,6 +12,7 @@ from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.errors import UserError
 
 PARTS = ("train", "val", "test")
+SPLIT, LABELS, SCANS = "split.json", "labels.json", "scans.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +24,7 @@ class Split:
     test: tuple[str, ...]
 
     def part(self, name: str) -> tuple[str, ...]:
-        if name not in PARTS:
-            raise UserError(f"evaluate.part={name}: expected one of {', '.join(PARTS)}.")
+        """The scans of `train`, `val` or `test`."""
         return getattr(self, name)
 
 
@@ -88,10 +90,12 @@ def draw_labelled_slices(
 
 
 def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceId]]:
-    """The run's split and labelled slices: from the config's files, the workdir's, or drawn anew.
+    """The run's split and labelled slices: the workdir's, else the config's files, else drawn.
 
-    What was drawn is written to `workdir/split.json` and `workdir/labels.json`, in the form that
-    `data.split_file` and `data.labels_file` take.
+    Writes nothing; `keep` does, once the run is known to be sound.
+
+    Raises:
+      UserError: no masks, bad files, or a workdir that was begun on other scans.
     """
     workdir = pathlib.Path(workdir)
     labelled = [r.name for r in store.records.values() if r.has_label]
@@ -99,26 +103,60 @@ def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceI
         raise UserError(
             f"{store.root}: none of the {len(store.records)} scans has a mask; training needs some."
         )
-    split_path = pathlib.Path(config.data.split_file or workdir / "split.json")
-    if split_path.exists() or config.data.split_file:
+    _refuse_other_scans(store, workdir)
+    split_path = _first_file(workdir / SPLIT, config.data.split_file)
+    if split_path:
         split = _read_split(split_path, set(labelled))
     else:
         split = split_scans(labelled, config.data.split, config.data.seed)
-        write_json(split_path, dataclasses.asdict(split))
-
-    labels_path = pathlib.Path(config.data.labels_file or workdir / "labels.json")
-    if labels_path.exists() or config.data.labels_file:
+    labels_path = _first_file(workdir / LABELS, config.data.labels_file)
+    if labels_path:
         labels = _read_labels(labels_path, store, split)
     else:
         labels = draw_labelled_slices(
             store, split.train, config.data.labelled_slices, config.data.seed
         )
-        # The canonical slice index, which still holds for a store of other slices.
-        write_json(
-            labels_path,
-            [{"scan": s.scan, "slice": store.records[s.scan].slices[s.position]} for s in labels],
-        )
     return split, labels
+
+
+def keep(split: Split, labels: list[SliceId], store: SliceStore, workdir) -> None:
+    """Writes split.json and labels.json, in the form that `data.split_file` and `data.labels_file`
+    take, and scans.json, by which the workdir knows its scans again."""
+    workdir = pathlib.Path(workdir)
+    write_json(workdir / SPLIT, dataclasses.asdict(split))
+    # The canonical slice index, which still holds for a store of other slices.
+    slices = [{"scan": s.scan, "slice": store.records[s.scan].slices[s.position]} for s in labels]
+    write_json(workdir / LABELS, slices)
+    write_json(workdir / SCANS, _digests(store))
+
+
+def _first_file(kept: pathlib.Path, given: str) -> pathlib.Path | None:
+    """A workdir once begun keeps its own file."""
+    return kept if kept.exists() else pathlib.Path(given) if given else None
+
+
+def _digests(store: SliceStore) -> dict[str, str]:
+    """What tells labelled scans apart, whatever their files' names and dates."""
+    return {
+        name: hashlib.sha256(
+            json.dumps([record.shape, record.affine, record.organ_pixels]).encode()
+        ).hexdigest()[:16]
+        for name, record in store.records.items()
+        if record.has_label
+    }
+
+
+def _refuse_other_scans(store: SliceStore, workdir: pathlib.Path) -> None:
+    path = workdir / SCANS
+    if not path.exists():
+        return
+    begun, now = read_json(path), _digests(store)
+    other = sorted(name for name in begun if begun[name] != now.get(name))
+    if other:
+        raise UserError(
+            f"{workdir}: begun on other scans: {', '.join(other[:5])} changed or vanished since; "
+            "give another --workdir, or bring the scans back."
+        )
 
 
 def _read_split(path: pathlib.Path, labelled: set[str]) -> Split:

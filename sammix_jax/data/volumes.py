@@ -22,6 +22,16 @@ SUFFIXES = (".nii", ".nii.gz")
 # Two exports of one scan differ in the last digits of their affines; a hundredth of a millimetre is
 # far below any voxel and far above rounding.
 AFFINE_TOLERANCE_MM = 1e-2
+# What nibabel, gzip and NumPy raise for files that are cut short or damaged.
+_UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    OSError,
+    EOFError,
+    OverflowError,
+    ValueError,
+    zlib.error,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +59,13 @@ class Volume:
 
     @property
     def voxel_ml(self) -> float:
-        """The volume of one voxel in millilitres."""
-        return float(np.prod(self.spacing)) / 1000.0
+        """The volume of one voxel in millilitres; right for sheared grids (gantry tilt) too."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+
+    @property
+    def has_spacing(self) -> bool:
+        """Whether the file knows its spacing: an identity affine is what a lost one looks like."""
+        return not np.array_equal(np.abs(self.affine), np.eye(4))
 
 
 def is_nifti(path) -> bool:
@@ -84,12 +99,13 @@ def read_volume(path) -> Volume:
             f"{path}: every voxel is {low}, expected a CT scan; the export is empty or broken."
         )
     orientation = nib.io_orientation(image.affine)
-    hu = np.clip(np.rint(voxels), -32768, 32767).astype(np.int16)
+    if voxels.dtype != np.int16:
+        voxels = np.clip(np.rint(voxels), -32768, 32767).astype(np.int16)
     i, j, k = (int(a) for a in _to_canonical(orientation)[:, 0].argsort())
     zooms = nib.affines.voxel_sizes(image.affine)
     return Volume(
         path=path,
-        hu=_canonical(hu, orientation),
+        hu=_canonical(voxels, orientation),
         spacing=(float(zooms[k]), float(zooms[j]), float(zooms[i])),
         affine=image.affine,
         orientation=orientation,
@@ -163,7 +179,7 @@ def _read(path: pathlib.Path):
     try:
         image = nib.load(path)
         voxels = np.asanyarray(image.dataobj)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
+    except _UNREADABLE as error:
         raise UserError(
             f"{path}: cannot be read as NIfTI ({error}); the file is truncated or damaged, copy or "
             "export it again."
@@ -175,9 +191,16 @@ def _read(path: pathlib.Path):
         )
     if voxels.dtype.kind not in "iuf":
         raise UserError(f"{path}: voxels of type {voxels.dtype}, expected plain numbers (HU).")
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+    if 0 in voxels.shape:
+        raise UserError(f"{path}: the image has shape {voxels.shape}, expected voxels.")
+    affine = image.affine
+    if not (
+        np.isfinite(affine).all()
+        and abs(np.linalg.det(affine[:3, :3])) > 1e-9
+        and np.isfinite(nib.io_orientation(affine)).all()
+    ):
         raise UserError(
-            f"{path}: the affine {image.affine.tolist()} places no volume in space; mend the "
+            f"{path}: the affine {affine.tolist()} places no volume in space; mend the "
             "header's sform or qform."
         )
     return image, voxels

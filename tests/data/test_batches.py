@@ -78,3 +78,9 @@ def test_refusals():
     with pytest.raises(UserError, match="batch_unlabelled"):
         Batches(FakeStore(), LABELLED, (), (1, 3), 0)
     assert Batches(FakeStore(), LABELLED, (), (2, 0), 0)(0)["hu"].shape == (2, 4, 4)
+
+
+def test_an_epoch_shows_every_slice_without_a_mask(batches):
+    assert batches.steps_per_epoch == pytest.approx(11 / 3)
+    alone = dataclasses.replace(batches, unlabelled=(), sizes=(2, 0))
+    assert alone.steps_per_epoch == pytest.approx(5 / 2)

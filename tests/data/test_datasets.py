@@ -70,6 +70,8 @@ def test_label_values_can_be_given(tmp_path):
         (("s1/ct.nii.gz", "s1/segmentations/liver.nii.gz"), "livr", r"livr.*\['liver'\]"),
         (("s1/ct.nii.gz", "s2/segmentations/liver.nii.gz"), "liver", "without their scan"),
         (("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"), "liver", "dataset.json"),
+        (("imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz"), "liver", "a second channel"),
+        (("s1/ct.nii.gz", "s1/ct.nii"), "liver", "several files"),
     ],
 )
 def test_refusals_name_file_and_fix(tmp_path, names, organ, message):
@@ -85,9 +87,15 @@ def test_decathlon_refusals(tmp_path):
         datasets.find_scans(tmp_path, "liver")
     with pytest.raises(UserError, match=r"spleen.*\['liver'\]"):
         datasets.find_scans(tmp_path, "spleen")
-    (tmp_path / "dataset.json").write_text("{")
-    with pytest.raises(UserError, match="expected JSON"):
-        datasets.find_scans(tmp_path, "liver")
+    for broken, message in {
+        "{": "cannot be read as JSON",
+        "{}": "'labels' cannot be read",
+        '{"labels": ["liver"]}': "'labels' cannot be read",
+        '{"labels": {"liver": "x"}}': "'labels' cannot be read",
+    }.items():
+        (tmp_path / "dataset.json").write_text(broken)
+        with pytest.raises(UserError, match=message):
+            datasets.find_scans(tmp_path, "liver")
 
 
 def test_missing_folder(tmp_path):

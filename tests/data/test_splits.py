@@ -1,13 +1,14 @@
 """Splits by patient and label draws: by seed, kept, and given back."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from sammix_jax.data.geometry import slice_geometry
-from sammix_jax.data.slices import ScanRecord, SliceId, SliceStore
-from sammix_jax.data.splits import draw_labelled_slices, load_or_draw, split_scans
+from sammix_jax.data.slices import ScanRecord, SliceStore
+from sammix_jax.data.splits import draw_labelled_slices, keep, load_or_draw, split_scans
 from sammix_jax.errors import UserError
 
 NAMES = [f"volume-{n}" for n in range(131)]
@@ -79,10 +80,12 @@ def test_too_many_labels_asked_for(tmp_path):
         draw_labelled_slices(fake_store(tmp_path), ("volume-0",), 50, 0)
 
 
-def test_files_are_written_and_read_back(tmp_path, config):
+def test_kept_files_are_read_back(tmp_path, config):
     store = fake_store(tmp_path)
     config.data.labelled_slices = 4
     split, labels = load_or_draw(config, store, tmp_path)
+    assert not list(tmp_path.glob("*.json"))  # nothing is pinned before the run is sound
+    keep(split, labels, store, tmp_path)
     assert "volume-7" not in split.train + split.val + split.test  # unlabelled
     config.data.seed = 99  # the files, not the seed, hold for a workdir once begun
     assert load_or_draw(config, store, tmp_path) == (split, labels)
@@ -94,6 +97,16 @@ def test_files_are_written_and_read_back(tmp_path, config):
     assert load_or_draw(config, store, other) == (split, labels)
     written = json.loads((tmp_path / "labels.json").read_text())[0]
     assert written["slice"] == labels[0].position + 5  # the scan's own slice index
+
+
+def test_a_workdir_knows_its_scans(tmp_path, config):
+    store = fake_store(tmp_path)
+    config.data.labelled_slices = 4
+    keep(*load_or_draw(config, store, tmp_path), store, tmp_path)
+    record = store.records["volume-2"]
+    store.records["volume-2"] = dataclasses.replace(record, organ_pixels=(1,) * 10)
+    with pytest.raises(UserError, match="begun on other scans: volume-2"):
+        load_or_draw(config, store, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +139,3 @@ def test_missing_file(tmp_path, config):
 def test_no_masks_at_all(tmp_path, config):
     with pytest.raises(UserError, match="none of the 3 scans has a mask"):
         load_or_draw(config, fake_store(tmp_path, scans=3, unlabelled=3), tmp_path)
-
-
-def test_slice_ids_are_values():
-    assert SliceId("a", 1) == SliceId("a", 1)

@@ -162,3 +162,13 @@ def test_a_failed_write_leaves_nothing(tmp_path, write_scan, ct, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         volumes.write_mask(tmp_path / "out" / "mask.nii.gz", scan.hu > 0, scan)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_lost_spacing_and_tilted_gantry(write_scan, ct):
+    lost = volumes.read_volume(write_scan("lost.nii.gz", ct, np.diag([-1.0, -1.0, 1.0, 1.0])))
+    assert not lost.has_spacing
+    tilted = np.diag([2.0, 2.0, 5.0, 1.0])
+    tilted[1, 2] = 5.0 * np.tan(np.deg2rad(20))  # each slice shifted along the table
+    scan = volumes.read_volume(write_scan("tilted.nii.gz", ct, tilted))
+    assert scan.has_spacing
+    assert scan.voxel_ml == pytest.approx(0.020)  # a shear keeps the volume

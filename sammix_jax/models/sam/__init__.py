@@ -1,5 +1,8 @@
 """Segment Anything in Flax."""
 
+from sammix_jax.models.sam.batched import predict_masks
+from sammix_jax.models.sam.inputs import stack_images
+from sammix_jax.models.sam.predictor import SamPredictor
 from sammix_jax.models.sam.sam import (
     CONSTANTS,
     PIXEL_MEAN,
@@ -16,8 +19,11 @@ __all__ = [
     "PIXEL_STD",
     "VARIANTS",
     "Sam",
+    "SamPredictor",
     "SamVariant",
     "count_parameters",
     "get_variant",
     "postprocess_masks",
+    "predict_masks",
+    "stack_images",
 ]

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from sammix_jax.models.sam.layers import LayerNorm, Mlp, gelu
 
-NUM_MASKS = 4  # index 0: the single-mask answer; 1 to 3: whole, part and subpart
+NUM_MASKS = 4
+SINGLE_MASK, MULTIMASK = slice(0, 1), slice(1, 4)  # one answer; or whole, part and subpart
 
 # The transformer kept PyTorch's default; the encoder, the neck and the upscaling use 1e-6.
 _TransformerNorm = functools.partial(LayerNorm, epsilon=1e-5)

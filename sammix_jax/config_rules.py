@@ -1,0 +1,106 @@
+"""What each config field may be. Checked before any work, so that a typing error costs nothing."""
+
+from sammix_jax.cam import COMPONENTS
+from sammix_jax.data.geometry import RESIZES
+from sammix_jax.data.phantom import DOMAINS
+from sammix_jax.data.splits import PARTS
+from sammix_jax.errors import UserError
+from sammix_jax.models.lora import THIRDS
+from sammix_jax.models.resnet import OUTPUT_STRIDES
+from sammix_jax.models.sam.variants import VARIANTS
+from sammix_jax.optim import SCHEDULES
+from sammix_jax.preprocess import NORMALISATIONS
+from sammix_jax.sam_mix import DTYPES, FUSIONS, MASK_CHOICES, PROTOCOLS
+from sammix_jax.train_step import CLASSIFICATION_LOSSES
+
+CHOICES = {
+    "data.resize": RESIZES,
+    "data.phantom.domain": tuple(DOMAINS),
+    "input.normalise": NORMALISATIONS,
+    "model.sam": tuple(VARIANTS),
+    "model.classifier": tuple(OUTPUT_STRIDES),
+    "model.mask_choice": MASK_CHOICES,
+    "model.dtype": DTYPES,
+    "cam.component": COMPONENTS,
+    "cam.fusion": FUSIONS,
+    "loss.classifier": tuple(CLASSIFICATION_LOSSES),
+    "train.schedule": SCHEDULES,
+    "evaluate.part": PARTS,
+}
+SUBSETS = {"model.lora_targets": tuple(THIRDS), "evaluate.protocols": PROTOCOLS}
+AT_LEAST = {
+    "data.size": 16,
+    "data.labelled_slices": 0,
+    "data.workers": 0,
+    "data.phantom.scans": 0,
+    "data.phantom.unlabelled": 0,
+    "model.image_size": 1,
+    "model.lora_rank": 0,
+    "train.steps": 0,
+    "train.warmup_steps": 0,
+    "train.batch_labelled": 1,
+    "train.batch_unlabelled": 0,
+    "train.learning_rate": 0,
+    "train.weight_decay": 0,
+    "train.clip_norm": 0,
+    "loss.classification": 0,
+    "loss.segmentation": 0,
+    "loss.dice_smooth": 0,
+    "loss.bce": 0,
+    "loss.iou": 0,
+    "evaluate.batch": 1,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": 1,
+    "log.every_steps": 1,
+    "log.validate_every_steps": 1,
+}
+
+
+def check_config(config) -> None:
+    """Refuses values that no run could use.
+
+    Raises:
+      UserError: names every such field, what it is and what it may be.
+    """
+    faults = []
+
+    def expect(field: str, sound: bool, expected) -> None:
+        if not sound:
+            faults.append(f"{field}={_get(config, field)!r}: expected {expected}")
+
+    for field, options in CHOICES.items():
+        expect(field, _get(config, field) in options, f"one of {', '.join(map(str, options))}")
+    for field, options in SUBSETS.items():
+        values = tuple(_get(config, field))
+        sound = bool(values) and set(values) <= set(options)
+        expect(field, sound, f"some of {', '.join(options)}, as a tuple")
+    for field, least in AT_LEAST.items():
+        expect(field, _get(config, field) >= least, f"at least {least}")
+
+    low, high = config.input.window
+    expect("input.window", low < high, "(low, high) in HU with low < high")
+    expect("cam.threshold", 0 < config.cam.threshold <= 1, "a share of the peak, above 0 to 1")
+    expect("data.central_fraction", 0 < config.data.central_fraction <= 1, "above 0 to 1")
+    expect("train.epochs", config.train.epochs > 0 or config.train.steps > 0, "above 0")
+    if config.model.classifier in OUTPUT_STRIDES:
+        strides = OUTPUT_STRIDES[config.model.classifier]
+        expect(
+            "model.classifier_stride",
+            config.model.classifier_stride in strides,
+            f"one of {', '.join(map(str, strides))} for model.classifier={config.model.classifier}",
+        )
+    if config.model.sam in VARIANTS:
+        patch = VARIANTS[config.model.sam].patch_size
+        expect(
+            "model.image_size",
+            config.model.image_size % patch == 0,
+            f"a multiple of {patch}, the patch of model.sam={config.model.sam}",
+        )
+    if faults:
+        raise UserError("config: " + "; ".join(faults) + ".")
+
+
+def _get(config, field: str):
+    for part in field.split("."):
+        config = config[part]
+    return config
