@@ -1,5 +1,7 @@
 """What each config field may be. Checked before any work, so that a typing error costs nothing."""
 
+import pathlib
+
 from sammix_jax.cam import COMPONENTS
 from sammix_jax.data.geometry import RESIZES
 from sammix_jax.data.phantom import DOMAINS
@@ -96,6 +98,9 @@ def check_config(config) -> None:
             config.model.image_size % patch == 0,
             f"a multiple of {patch}, the patch of model.sam={config.model.sam}",
         )
+    for field in ("model.sam_weights", "model.classifier_weights"):
+        file = _get(config, field)
+        expect(field, not file or pathlib.Path(file).is_file(), "a file; see docs/weights.md")
     if faults:
         raise UserError("config: " + "; ".join(faults) + ".")
 

@@ -71,6 +71,7 @@ def test_saved_by_another_version(tmp_path):
         ("model.image_size", 1000, "a multiple of 16"),
         ("model.classifier_stride", 4, "one of 32, 16, 8 for model.classifier=resnet38"),
         ("model.lora_targets", ("x",), "some of q, k, v"),
+        ("model.sam_weights", "/nowhere.safetensors", "a file"),
         ("train.batch_labelled", 0, "at least 1"),
         ("evaluate.protocols", ("oracle",), "some of cam, gt_box, none"),
         ("evaluate.part", "holdout", "one of train, val, test"),

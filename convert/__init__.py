@@ -1,0 +1,5 @@
+"""Offline weight tools; the package `sammix_jax` never imports them.
+
+python -m convert.sam --help         SAM: official, Hugging Face and this project's files
+python -m convert.classifier --help  ImageNet classifiers: ResNet-18, -34, -50 and ResNet-38
+"""

@@ -1,0 +1,197 @@
+"""Converts SAM between the official files, Hugging Face's and this project's.
+
+python -m convert.sam --input=sam_vit_b_01ec64.pth --output=sam_vit_b.safetensors
+python -m convert.sam --input=WORKDIR --output=sam.pth
+python -m convert.sam --input=WORKDIR --output=FOLDER
+
+Reads official files (MedSAM's too), Hugging Face's model.safetensors or its folder, this project's
+.safetensors, and the best checkpoint of a training run, whose LoRA is merged; writes any but the
+last. The layout and the variant are recognised from the content.
+"""
+
+import pathlib
+import sys
+from typing import NamedTuple
+
+import absl.logging
+import numpy as np
+from absl import app, flags
+from flax import traverse_util
+
+from convert.hf_rules import HUGGING_FACE, write_folder
+from convert.rules import recognise
+from convert.sam_rules import OFFICIAL, SAM_MODELS, sam_shapes
+from convert.sources import caster, foreign, import_torch, read_tensors, sha256, to_torch
+from sammix_jax.config import load_config
+from sammix_jax.data.files import whole_file
+from sammix_jax.errors import UserError
+from sammix_jax.inference import load_model
+from sammix_jax.models.lora import merge_lora
+from sammix_jax.weights import DTYPES, read_weights, write_weights
+
+FORMATS = {
+    "sammix": "one .safetensors for this project",
+    "official": "one .pth for segment_anything",
+    "hf": "a folder for transformers.SamModel",
+}
+
+
+class Loaded(NamedTuple):
+    """A SAM in this project's layout: flat path → array, and where it comes from."""
+
+    arrays: dict[str, np.ndarray]
+    variant: str
+    source: str
+    sha256: str
+
+
+def convert(path, output, form: str | None = None, dtype: str | None = None) -> str:
+    """Converts one model.
+
+    Args:
+      path: weight file, Hugging Face folder or workdir.
+      output: file or new folder to write.
+      form: a key of `FORMATS`; None takes it from the output's ending.
+      dtype: type to store; None keeps the input's.
+
+    Returns:
+      The variant found.
+
+    Raises:
+      UserError: an input that cannot be read or is no SAM, an output that cannot be written;
+        nothing is left behind then.
+    """
+    path, output = pathlib.Path(path), pathlib.Path(output)
+    form = _check_output(output, form)
+    cast = caster(path, dtype)
+    sam = load(path, cast)
+    if form == "sammix":
+        metadata = {
+            "kind": "sam",
+            "model": sam.variant,
+            "source": sam.source,
+            "sha256": sam.sha256,
+        }
+        write_weights(output, sam.arrays, metadata)
+    elif form == "official":
+        _write_official(output, OFFICIAL.to_theirs(sam.arrays))
+    else:
+        write_folder(output, HUGGING_FACE.to_theirs(sam.arrays), sam.variant)
+    return sam.variant
+
+
+def load(path: pathlib.Path, cast) -> Loaded:
+    """Reads a SAM from any source; `cast` is applied to every array."""
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        return _load_workdir(path, cast)
+    if path.is_dir():
+        path = _hugging_face_file(path)
+    source = read_tensors(path)
+    if "image_encoder/patch_embed/kernel" in source:
+        return _load_own(path, cast)
+    for table in (OFFICIAL, HUGGING_FACE):
+        if table.marker in source:
+            variant = recognise(path, source, table, SAM_MODELS)
+            digest = sha256(path)
+            arrays = table.to_ours(sam_shapes(variant), source, cast)
+            return Loaded(arrays, variant, path.name, digest)
+    raise foreign(path, source, "a SAM: official, Hugging Face's or this project's")
+
+
+def _load_workdir(workdir: pathlib.Path, cast) -> Loaded:
+    config = load_config(workdir)
+    _, variables = load_model(config, workdir)
+    params = merge_lora(variables["params"]["sam"])
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    arrays = {path: cast(np.asarray(leaf)) for path, leaf in leaves.items()}
+    return Loaded(arrays, config.model.sam, workdir.resolve().name, "")
+
+
+def _load_own(path: pathlib.Path, cast) -> Loaded:
+    arrays, metadata = read_weights(path)
+    variant = metadata["model"]
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if variant not in SAM_MODELS or shapes != sam_shapes(variant):
+        raise UserError(
+            f"{path}: says that it is {variant}, but its arrays are not that model's; one of "
+            f"{', '.join(SAM_MODELS)} is expected, as python -m convert.sam writes it."
+        )
+    return Loaded({name: cast(a) for name, a in arrays.items()}, variant, path.name, sha256(path))
+
+
+def _hugging_face_file(folder: pathlib.Path) -> pathlib.Path:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"{folder}: no model.safetensors (Hugging Face) and no checkpoints (a training run) there; "
+        "give a weight file, or one of these folders."
+    )
+
+
+def _check_output(output: pathlib.Path, form: str | None) -> str:
+    """The form of an output that may be written; refused before the work, not after it."""
+    endings = {"sammix": (".safetensors",), "official": (".pth", ".pt"), "hf": ("",)}
+    if form is None:
+        fitting = [name for name, ends in endings.items() if output.suffix in ends]
+        if not fitting:
+            raise UserError(
+                f"{output}: expected a name ending in .safetensors (this project) or .pth "
+                "(official), or a new folder (Hugging Face); or say --format."
+            )
+        form = fitting[0]
+    if form == "hf":
+        if output.is_file() or (output.is_dir() and any(output.iterdir())):
+            raise UserError(f"{output}: exists; a Hugging Face model needs a new folder.")
+    elif output.suffix not in endings[form]:
+        raise UserError(
+            f"{output}: --format={form} expects a name ending in {' or '.join(endings[form])}."
+        )
+    elif output.is_dir():
+        raise UserError(f"{output}: is a folder; expected the name of a file.")
+    return form
+
+
+def _write_official(output: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    torch = import_torch(output)
+    state = {key: to_torch(array) for key, array in arrays.items()}
+    with whole_file(output) as partial:
+        try:
+            torch.save(state, partial)
+        except RuntimeError as error:  # how its writer reports a full disk
+            raise OSError(str(error)) from error
+
+
+def define_flags() -> None:
+    """Kept out of the module's import: flags are global, and tests import both programs."""
+    flags.DEFINE_string(
+        "input", None, "A weight file, Hugging Face folder or WORKDIR.", required=True
+    )
+    flags.DEFINE_string("output", None, "The file or folder to write.", required=True)
+    forms = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+    flags.DEFINE_enum(
+        "format",
+        None,
+        list(FORMATS),
+        f"{forms}. By default as the output ends: .safetensors, .pth, none.",
+    )
+    flags.DEFINE_enum("dtype", None, DTYPES, "Type to store; the input's without it.")
+
+
+def main(argv) -> int:
+    given = flags.FLAGS
+    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells of every file it opens
+    try:
+        if len(argv) > 1:
+            raise UserError(f"unexpected arguments {argv[1:]}; every option begins with --")
+        variant = convert(given.input, given.output, given.format, given.dtype)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{given.output}: {variant}")
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

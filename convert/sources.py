@@ -1,0 +1,178 @@
+"""Reads other projects' weight files, without ever running code that one may carry."""
+
+import functools
+import hashlib
+import pathlib
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sammix_jax.errors import UserError
+
+# A key that gives a layout away → what the file is.
+_SIGNS = {
+    "image_encoder.patch_embed.proj.weight": "a SAM in the official layout (convert.sam)",
+    "vision_encoder.patch_embed.projection.weight": "a Hugging Face SamModel (convert.sam)",
+    "image_encoder/patch_embed/kernel": "a SAM of this project (convert.sam)",
+    "layer1.0.conv1.weight": "a ResNet in torchvision's layout (convert.classifier)",
+    "b2.conv_branch2a.weight": "a ResNet-38 in resnet38d's layout (convert.classifier)",
+    "trunk/conv1/kernel": "a classifier of this project, which needs no conversion",
+    "trunk/conv1a/kernel": "a classifier of this project, which needs no conversion",
+    "image_encoder.trunk.patch_embed.proj.weight": "a SAM 2, which is another model",
+    "image_encoder.patch_embed.seq.0.c.weight": "a MobileSAM, which is another model",
+}
+# Names under which training scripts keep the weights beside an optimiser's state.
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+
+class Stored(NamedTuple):
+    """An array in a file: its shape, and how to get it."""
+
+    shape: tuple[int, ...]
+    load: Callable[[], np.ndarray]
+
+
+def read_tensors(path) -> dict[str, Stored]:
+    """The arrays of a `.safetensors` (no torch needed) or of a PyTorch file.
+
+    A prefix `module.` on every key and a wrapper such as {'model': ...} are taken off.
+
+    Raises:
+      UserError: a file that is missing, damaged, carries code, or holds other things than arrays.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    stored = _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
+    if stored and all(key.startswith("module.") for key in stored):
+        return {key.removeprefix("module."): value for key, value in stored.items()}
+    return stored
+
+
+def foreign(path, source: Mapping[str, Stored], expected: str) -> UserError:
+    """The error for a file of another kind, which says which."""
+    known = [what for sign, what in _SIGNS.items() if sign in source]
+    keys = ", ".join(list(source)[:4]) or "none"
+    found = known[0] if known else f"an unknown model of {len(source)} arrays ({keys}, ...)"
+    return UserError(f"{path}: {found}; expected {expected}.")
+
+
+def sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def caster(path, dtype: str | None) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns a function to `dtype`; None keeps each array's type.
+
+    The function raises a UserError where a finite value does not fit, or a value is not finite.
+    """
+
+    def cast(array: np.ndarray) -> np.ndarray:
+        # ml_dtypes gives NumPy its bfloat16.
+        with np.errstate(over="ignore"):  # told below, with the file's name
+            result = array if dtype is None else array.astype(dtype, copy=False)
+        if not np.isfinite(result).all():
+            raise UserError(
+                f"{path}: NaN or infinity among the values as {result.dtype}; fetch the file "
+                "again, or choose --dtype=float32."
+            )
+        return result
+
+    return cast
+
+
+def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
+    try:
+        file = safe_open(path, framework="np")
+        return {
+            key: Stored(
+                tuple(file.get_slice(key).get_shape()), functools.partial(file.get_tensor, key)
+            )
+            for key in file.keys()  # noqa: SIM118
+        }
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be read as .safetensors ({error}); it is truncated or of another "
+            "kind: fetch it again."
+        ) from error
+
+
+def _pytorch(path: pathlib.Path) -> dict[str, Stored]:
+    torch = import_torch(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd files, which the errors below name
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise _refuse(path, str(error)) from error
+    if isinstance(content, dict):
+        inner = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
+        content = content[inner[0]] if inner else content
+    odd = (
+        [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
+        if isinstance(content, dict)
+        else [type(content).__name__]
+    )
+    if odd:
+        raise UserError(
+            f"{path}: holds {', '.join(map(str, odd[:8]))} beside or instead of arrays; expected a "
+            "state dict, name → tensor: save that alone."
+        )
+    return {
+        key: Stored(tuple(value.shape), functools.partial(_to_numpy, value))
+        for key, value in content.items()
+    }
+
+
+def _refuse(path: pathlib.Path, error: str) -> UserError:
+    code = re.search(r"GLOBAL (\S+)|TorchScript", error)
+    if code:
+        return UserError(
+            f"{path}: carries code or objects ({code[1] or 'a TorchScript program'}), expected "
+            "arrays alone; nothing of it was run. Take the file from its first publisher, or the "
+            "model.safetensors."
+        )
+    reason = error.partition(". ")[0].partition("\n")[0] or "it ends too early"
+    return UserError(f"{path}: truncated or no PyTorch file ({reason}); fetch it again.")
+
+
+def import_torch(path):
+    """PyTorch, which only the converters need, and only for its own files.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{path}: a PyTorch file needs PyTorch: pip install -r requirements/convert.txt, or "
+            "use the Hugging Face model.safetensors, which needs none."
+        ) from error
+    return torch
+
+
+def _to_numpy(tensor) -> np.ndarray:
+    tensor = tensor.detach().contiguous()
+    if str(tensor.dtype) == "torch.bfloat16":  # NumPy has none, so the bits go over
+        import torch
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def to_torch(array: np.ndarray):
+    """A tensor over the array's memory, or over a copy where that is read-only."""
+    import torch
+
+    array = np.require(array, requirements=("C", "W"))
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,243 @@
+"""SAM from PyTorch and back: the same bits, strictly loaded, the same masks."""
+
+import subprocess
+import sys
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+
+REASON = "pip install -r requirements/convert.txt"
+torch = pytest.importorskip("torch", reason=REASON)
+transformers = pytest.importorskip("transformers", reason=REASON)
+
+from conftest import ROOT, small_config
+from torch_port import build, decode_theirs, from_torch, official, to_torch
+
+from convert.hf_rules import HUGGING_FACE, _model_config
+from convert.sam import convert
+from convert.sam_rules import OFFICIAL, sam_shapes
+from sammix_jax.checkpoint import Checkpoints
+from sammix_jax.config import claim_workdir, load_config
+from sammix_jax.inference import load_model
+from sammix_jax.models.sam.sam import Sam
+from sammix_jax.models.sam.variants import get_variant
+from sammix_jax.optim import make_optimiser
+from sammix_jax.sam_mix import sam_mix
+from sammix_jax.train_step import load_pretrained, make_init
+from sammix_jax.weights import read_weights
+
+try:
+    official()
+except ImportError:
+    pytest.skip(REASON, allow_module_level=True)
+
+MINI = get_variant("mini")
+BOX = {"boxes": np.array([[20.0, 30.0, 90.0, 100.0]], np.float32)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A random official `mini` and what becomes of it: .pth, .safetensors, .pth again, HF."""
+    folder = tmp_path_factory.mktemp("sam")
+    torch.save(build(MINI).state_dict(), folder / "sam.pth")
+    convert(folder / "sam.pth", folder / "sam.safetensors")
+    convert(folder / "sam.safetensors", folder / "back.pth")
+    convert(folder / "sam.safetensors", folder / "hf")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).normal(size=(1, 128, 128, 3)).astype(np.float32)
+
+
+def ours(path, image):
+    """Logits (4, h, w) of our model with a weight file."""
+    params = flax.traverse_util.unflatten_dict(read_weights(path)[0], sep="/")
+    boxes = BOX["boxes"][:, None]
+    logits, _ = jax.jit(Sam("mini").apply)({"params": params}, image, boxes=boxes)
+    return np.asarray(logits[0, 0])
+
+
+def theirs(model, image):
+    """Logits (4, h, w) of the official model."""
+    with torch.no_grad():
+        embedding = from_torch(model.image_encoder(to_torch(image)))
+        return decode_theirs(model, embedding[0], BOX)[0][0]
+
+
+def hugging_face(folder, image):
+    """Logits (3, h, w), the multi-mask answers, of the model that `transformers` loads."""
+    model, report = transformers.SamModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        output = model(to_torch(image), input_boxes=torch.from_numpy(BOX["boxes"][None]))
+    return output.pred_masks[0, 0].numpy()
+
+
+def assert_same_masks(found, expected):
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(found > 0, expected > 0)
+    assert 0.05 < (expected > 0).mean() < 0.95
+
+
+def assert_same_state(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].stride() == value.stride() and found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key
+
+
+def test_official_round_trip_is_bit_equal(files):
+    back = torch.load(files / "back.pth", weights_only=True)
+    assert_same_state(back, torch.load(files / "sam.pth", weights_only=True))
+
+
+def test_hugging_face_round_trip_is_bit_equal(files, tmp_path):
+    convert(files / "hf", tmp_path / "sam.safetensors")
+    convert(tmp_path / "sam.safetensors", tmp_path / "hf")
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (files / "hf" / name).read_bytes()
+    first, second = (read_weights(f / "sam.safetensors")[0] for f in (files, tmp_path))
+    assert all(np.array_equal(first[path], second[path]) for path in first | second)
+
+
+def test_official_model_gives_our_masks(files, image):
+    model = build(MINI)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(torch.load(files / "back.pth", weights_only=True), strict=True)
+    assert_same_masks(ours(files / "sam.safetensors", image), theirs(model, image))
+
+
+def test_transformers_gives_our_masks(files, image):
+    expected = ours(files / "sam.safetensors", image)[1:]
+    assert_same_masks(hugging_face(files / "hf", image), expected)
+    processor = transformers.SamImageProcessorPil.from_pretrained(files / "hf")
+    grey = np.full((60, 100, 3), 128, np.uint8)
+    pixels = processor(grey, return_tensors="np")["pixel_values"]
+    assert pixels.shape == (1, 3, 128, 128) and not pixels[0, :, 77:].any()
+    np.testing.assert_allclose(pixels[0, :, 0, 0], [0.0741, 0.2052, 0.4265], atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def adapted(files, tmp_path_factory):
+    """A workdir whose checkpoint has the file's SAM, and LoRA far from its start."""
+    folder = tmp_path_factory.mktemp("run")
+    config = small_config()
+    config.model.sam_weights = str(files / "sam.safetensors")
+    claim_workdir(config, folder)
+    init = make_init(sam_mix(config), make_optimiser(config.train, 1), config)
+    rng = np.random.default_rng(0)
+    random = jax.tree.map(
+        lambda leaf: jax.device_put(0.05 * rng.normal(size=leaf.shape).astype(leaf.dtype)),
+        jax.eval_shape(init),
+    )
+    state = load_pretrained(random, config)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save_frozen(state)
+        checkpoints.save_best(state, 1, 0.5)
+    return folder
+
+
+def test_lora_is_merged_into_the_export(files, adapted, tmp_path, image):
+    """The checkpoint, LoRA apart, answers as its exports do with LoRA inside."""
+    _, variables = load_model(load_config(adapted), adapted)
+    params = {"params": variables["params"]["sam"]}
+    apply = jax.jit(Sam("mini", lora_rank=8).apply)
+    expected = np.asarray(apply(params, image, boxes=BOX["boxes"][:, None])[0][0, 0])
+
+    convert(adapted, tmp_path / "sam.pth")
+    convert(tmp_path / "sam.pth", tmp_path / "hf")
+    model = build(MINI)
+    model.load_state_dict(torch.load(tmp_path / "sam.pth", weights_only=True), strict=True)
+    for found in (theirs(model, image), hugging_face(tmp_path / "hf", image)):
+        same = expected[-len(found) :]
+        np.testing.assert_allclose(found, same, atol=5e-5 * np.abs(same).max())
+
+    start = torch.load(files / "sam.pth", weights_only=True)
+    for key, value in model.state_dict().items():
+        change = (value - start[key]).numpy()
+        if key.endswith("attn.qkv.weight"):
+            q, k, v = np.split(change, 3)
+            assert np.abs(q).mean() > 1e-3 and not k.any() and np.abs(v).mean() > 1e-3
+        else:
+            assert not change.any(), key
+
+
+@pytest.mark.parametrize("variant", ["vit_b", "vit_l", "vit_h"])
+def test_keys_are_those_of_the_public_models(variant):
+    """Names and shapes, which is all that a strict load asks for."""
+    shapes = sam_shapes(variant)
+    with torch.device("meta"):
+        sam = official().sam_model_registry[variant](None)
+        hf = transformers.SamModel(transformers.SamConfig.from_dict(_model_config(variant)))
+    assert OFFICIAL.key_shapes(shapes) == {k: tuple(v.shape) for k, v in sam.state_dict().items()}
+    names = {k: tuple(v.shape) for k, v in hf.state_dict().items()}
+    for alias, key in HUGGING_FACE.aliases.items():
+        assert names.pop(alias) == names[key]
+    assert HUGGING_FACE.key_shapes(shapes) == names
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_in_and_out(files, tmp_path, dtype):
+    half = {
+        key: value.to(getattr(torch, dtype))
+        for key, value in torch.load(files / "sam.pth", weights_only=True).items()
+    }
+    # As some training scripts save it.
+    wrapped = {"epoch": 3, "model": {f"module.{key}": value for key, value in half.items()}}
+    torch.save(wrapped, tmp_path / "half.pth")
+    convert(tmp_path / "half.pth", tmp_path / "half.safetensors")
+    convert(tmp_path / "half.safetensors", tmp_path / "back.pth")
+    assert_same_state(torch.load(tmp_path / "back.pth", weights_only=True), half)
+    convert(tmp_path / "half.safetensors", tmp_path / "full.safetensors", dtype="float32")
+    full = read_weights(tmp_path / "full.safetensors")[0]
+    found = full["mask_decoder/iou_token"]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, half["mask_decoder.iou_token.weight"].float().numpy())
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "convert.sam", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line(files, tmp_path):
+    done = run(f"--input={files / 'sam.pth'}", f"--output={tmp_path / 'sam.safetensors'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'sam.safetensors'}: mini\n"
+    failed = run(f"--input={tmp_path / 'none.pth'}", f"--output={tmp_path / 'x.pth'}")
+    assert failed.returncode == 1
+    assert failed.stderr == f"error: {tmp_path / 'none.pth'}: no such file.\n"
+
+
+_PEAK = """
+import pathlib, resource, sys
+import torch
+from convert.sam import convert
+from convert.sam_rules import sam_shapes
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for variant in ("mini", "vit_b"):
+    sam_shapes(variant)
+given, output = sys.argv[1:]
+before = peak()
+convert(given, output)
+print((peak() - before) / pathlib.Path(output).stat().st_size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux counts it")
+def test_peak_memory(tmp_path):
+    """At most 2.5 times the weights, either way; vit_b, 375 MB."""
+    keys = OFFICIAL.key_shapes(sam_shapes("vit_b"))
+    torch.save({key: torch.rand(shape) for key, shape in keys.items()}, tmp_path / "sam.pth")
+    for given, output in (("sam.pth", "sam.safetensors"), ("sam.safetensors", "back.pth")):
+        command = [sys.executable, "-c", _PEAK, tmp_path / given, tmp_path / output]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) < 2.5
