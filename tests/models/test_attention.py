@@ -1,6 +1,7 @@
 """Every way through the encoder's attention, held to the plain definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,14 +66,43 @@ def attention_inputs():
     return q, k, v, normal(3, 11, 8), normal(4, 9, 8)
 
 
-def test_gradient_through_chunks_equals_the_whole():
-    def loss(inputs, query_chunk):
-        return jnp.sum(jnp.sin(attend(*inputs, query_chunk=query_chunk)))
+@pytest.mark.parametrize("query_chunk", [30, 10, 7], ids=["whole", "even", "uneven"])
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "added"])
+def test_every_path_and_its_gradient_equal_the_plain_one(fold, query_chunk):
+    def plain(q, k, v, table_h, table_w):
+        rel_h = jnp.einsum("bmhwd,hkd->bmhwk", q, relative_embeddings(table_h, 6))
+        rel_w = jnp.einsum("bmhwd,wkd->bmhwk", q, relative_embeddings(table_w, 5))
+        logits = jnp.einsum("bmhwd,bmijd->bmhwij", q, k) / np.sqrt(8)
+        logits += rel_h[..., :, None] + rel_w[..., None, :]
+        weights = jax.nn.softmax(logits, axis=(-2, -1))
+        return jnp.einsum("bmhwij,bmijd->bmhwd", weights, v)
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    whole, chunked = gradient(attention_inputs(), 30), gradient(attention_inputs(), 7)
-    for a, b in zip(whole, chunked, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+    def value_and_gradient(function):
+        def loss(inputs):
+            out = function(*inputs)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(attention_inputs())
+
+    path = functools.partial(attend, query_chunk=query_chunk, fold=fold)
+    ours, expected = value_and_gradient(path), value_and_gradient(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "added"])
+def test_large_logits_stay_finite(fold):
+    q, *rest = attention_inputs()
+    out = attend(1e4 * q, *rest, fold=fold)
+    assert np.isfinite(out).all()
+
+
+def test_bfloat16_keeps_softmax_in_float32():
+    inputs = attention_inputs()
+    rounded = [x.astype(jnp.bfloat16) for x in inputs]
+    out = attend(*rounded)
+    assert out.dtype == jnp.bfloat16
+    expected = attend(*(x.astype(jnp.float32) for x in rounded))
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.05)
 
 
 def test_chunks_never_hold_all_logits():

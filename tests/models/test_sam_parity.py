@@ -75,7 +75,7 @@ def test_block(small, index):
     sides = {"window_size": 0 if index else 5, "table_side": 12 if index else 5}
     close(apply(Block(4, **sides), params, x), theirs(torch.from_numpy(x)), what="block")
     close(
-        apply(Block(4, **sides, query_chunk=13), params, x),
+        apply(Block(4, **sides, query_chunk=7), params, x),
         theirs(torch.from_numpy(x)),
         what="block in chunks",
     )
