@@ -1,5 +1,7 @@
 # make demo   train, evaluate and predict on phantom CT (minutes, CPU)
 # make test   lint and tests
+# make parity the same weights in PyTorch and here (installs torch)
+# make bench  the image encoder beside PyTorch's (installs torch)
 # Each sets up .venv with what it needs.
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ BIN    := $(VENV)/bin
 # One arena: without it glibc keeps freed memory per thread, and both speed and memory suffer.
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow parity bench lint clean
 
 demo: $(VENV)/core
 	$(BIN)/python -m sammix_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -19,6 +21,12 @@ test: $(VENV)/dev lint
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
+
+parity: $(VENV)/convert
+	$(BIN)/python -m pytest tests/models tests/convert
+
+bench: $(VENV)/convert
+	$(BIN)/python -m benchmarks.encoder
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -34,6 +42,10 @@ $(VENV)/core: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/dev: requirements.txt requirements/dev.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+	touch $@
+
+$(VENV)/convert: requirements.txt requirements/dev.txt requirements/convert.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements/convert.txt
 	touch $@
 
 $(VENV)/bin/python:

@@ -24,9 +24,9 @@ def get_config():
 
     # Nothing is pretrained here, so everything learns.
     config.train.trainable = (r"sam/(?!prompt_encoder/position_encoding).*", r"classifier/.*")
-    config.train.steps = 300
+    config.train.steps = 280
     config.train.batch_labelled = 8
-    config.train.batch_unlabelled = 8
+    config.train.batch_unlabelled = 6
     config.train.learning_rate = 1e-3
     config.train.schedule = "cosine"
     config.train.warmup_steps = 30

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sammix_jax.checkpoint import Checkpoints, abstract
-from sammix_jax.config import claim_workdir
+from sammix_jax.config import check_workdir, claim_workdir
 from sammix_jax.data.batches import Batches, prefetch
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import Split, keep, load_or_draw
@@ -43,6 +43,8 @@ def train(config, workdir, store: SliceStore) -> bool:
     Raises:
       UserError: a config or data set that cannot train; a loss that is no number.
     """
+    check_workdir(config, workdir)
+
     # ---- Data
     split, labelled = load_or_draw(config, store, workdir)
     taken = set(labelled)
@@ -62,14 +64,14 @@ def train(config, workdir, store: SliceStore) -> bool:
     # ---- State: abstract first, then restored or initialised straight onto the mesh
     init = make_init(model, optimiser, config)
     like = abstract(jax.eval_shape(init), sharding)
-    # Data and model are sound: from here on the workdir belongs to this run.
-    claim_workdir(config, workdir)
-    keep(split, labelled, store, workdir)
     with Checkpoints(workdir, config.checkpoint.every_steps, config.checkpoint.keep) as checkpoints:
         state = checkpoints.restore(like)
         if state is None:
             state = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
-            checkpoints.save_frozen(state)
+        # Data, model and weights are sound: from here on the workdir belongs to this run.
+        claim_workdir(config, workdir)
+        keep(split, labelled, store, workdir)
+        checkpoints.save_frozen(state)
         start = int(state.step)
         _LOG.info(
             "training from step %d to %d: %d labelled slices, %d with an image-level label alone, "
