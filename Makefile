@@ -26,7 +26,7 @@ parity: $(VENV)/convert
 	$(BIN)/python -m pytest tests/models tests/convert
 
 bench: $(VENV)/convert
-	$(BIN)/python -m benchmarks.encoder
+	$(BIN)/python -m benchmarks.encoder --rounds 2 --repeats 3
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
