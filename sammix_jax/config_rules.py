@@ -98,11 +98,20 @@ def check_config(config) -> None:
             config.model.image_size % patch == 0,
             f"a multiple of {patch}, the patch of model.sam={config.model.sam}",
         )
-    for field in ("model.sam_weights", "model.classifier_weights"):
-        file = _get(config, field)
-        expect(field, not file or pathlib.Path(file).is_file(), "a file; see docs/weights.md")
     if faults:
         raise UserError("config: " + "; ".join(faults) + ".")
+
+
+def check_weight_files(config) -> None:
+    """Refuses weights that are not there. Only the start of a run reads them.
+
+    Raises:
+      UserError: names the field and the file.
+    """
+    for field in ("model.sam_weights", "model.classifier_weights"):
+        file = _get(config, field)
+        if file and not pathlib.Path(file).is_file():
+            raise UserError(f"{field}={file}: no such file; docs/weights.md tells how to make it.")
 
 
 def _get(config, field: str):

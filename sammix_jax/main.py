@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from sammix_jax import evaluate, predict, prepare, report, train
 from sammix_jax.config import check_workdir, load_config
-from sammix_jax.config_rules import check_config
+from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import SPLIT
@@ -62,6 +62,8 @@ def _run(mode: str, workdir: pathlib.Path) -> None:
         return
     check_workdir(config, workdir)
     if mode == "train":
+        if not (workdir / "config.json").exists():
+            check_weight_files(config)
         _train(config, workdir)
     elif mode == "evaluate":
         _evaluate(config, workdir)

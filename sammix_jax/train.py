@@ -47,6 +47,11 @@ def train(config, workdir, store: SliceStore) -> bool:
 
     # ---- Data
     split, labelled = load_or_draw(config, store, workdir)
+    if not config.evaluate.root and not split.part(config.evaluate.part):
+        raise UserError(
+            f"evaluate.part={config.evaluate.part}: that part of the split is empty, so the model "
+            "could not be scored; choose another, as in --config.evaluate.part=train."
+        )
     taken = set(labelled)
     others = tuple(s for scan in split.train for s in store.slices(scan) if s not in taken)
     sizes = (config.train.batch_labelled, config.train.batch_unlabelled)

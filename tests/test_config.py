@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from sammix_jax.config import claim_workdir, default_config, load_config
-from sammix_jax.config_rules import check_config
+from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.errors import UserError
 from sammix_jax.sam_mix import sam_mix
 
@@ -71,7 +71,6 @@ def test_saved_by_another_version(tmp_path):
         ("model.image_size", 1000, "a multiple of 16"),
         ("model.classifier_stride", 4, "one of 32, 16, 8 for model.classifier=resnet38"),
         ("model.lora_targets", ("x",), "some of q, k, v"),
-        ("model.sam_weights", "/nowhere.safetensors", "a file"),
         ("train.batch_labelled", 0, "at least 1"),
         ("evaluate.protocols", ("oracle",), "some of cam, gt_box, none"),
         ("evaluate.part", "holdout", "one of train, val, test"),
@@ -84,6 +83,15 @@ def test_values_that_no_run_could_use(field, value, expected):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=rf"config: {field}=.*: expected .*{expected}"):
         check_config(config)
+
+
+def test_missing_weights_are_named():
+    config = default_config()
+    check_weight_files(config)
+    config.model.sam_weights = "/nowhere.safetensors"
+    check_config(config)  # a trained workdir needs the file no more
+    with pytest.raises(UserError, match=r"model\.sam_weights=/nowhere\.safetensors: no such file"):
+        check_weight_files(config)
 
 
 def test_all_faults_are_told_at_once():

@@ -47,6 +47,7 @@ def test_two_steps_of_the_papers_run(tmp_path):
     config.data.root = str(tmp_path / "scans")
     config.data.labelled_slices = 5
     config.data.split = (3, 0, 0)
+    config.evaluate.part = "train"
     config.train.steps = 2
     config.log.every_steps = 1
     store = prepare(config, tmp_path / "run")

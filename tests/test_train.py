@@ -160,6 +160,13 @@ def test_given_files_are_followed_to_the_end(workdir, config, tmp_path):
     assert read_json(run / "labels.json") == read_json(workdir / "labels.json")
 
 
+def test_a_part_that_is_empty_is_told_before_training(config, tmp_path):
+    config.data.split = (1, 0, 0)
+    with pytest.raises(UserError, match=r"evaluate\.part=test: that part of the split is empty"):
+        train(config, tmp_path, prepare(config, tmp_path))
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_a_frozen_batch_norm_stays(config):
     config.model.freeze_batch_norm = True
     model, optimiser = sam_mix(config), make_optimiser(config.train, 30)
