@@ -97,6 +97,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.part = "test"  # train, val or test
     evaluate.root = ""  # evaluate every labelled scan of this folder instead
+    evaluate.label_values = ()  # of that folder's label files; () takes the layout's
     evaluate.protocols = ("cam", "gt_box", "none")
     evaluate.gate = True  # slices that the classifier calls negative get an empty mask
     evaluate.batch = 8

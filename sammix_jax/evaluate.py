@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import logging
 import pathlib
@@ -13,7 +14,7 @@ from sammix_jax import metrics
 from sammix_jax.data import datasets, volumes
 from sammix_jax.data.files import read_json, whole_file, write_json
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import Split
+from sammix_jax.data.splits import Split, digest, training_digests
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model, make_predict, predict_volume
 from sammix_jax.prepare import central_slices
@@ -84,11 +85,20 @@ def evaluate(config, workdir) -> Evaluation:
     scans = _scans(config, workdir)
     model, variables = load_model(config, workdir)
     predict = make_predict(model, config, protocols)
-    cases, examples = [], []
+    cases, examples, seen = [], [], []
+    trained = training_digests(workdir)
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=None):
-        scored, example = _evaluate_scan(scan, predict, variables, protocols, config)
+        volume = volumes.read_volume(scan.image)
+        truth = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
+        central = central_slices(len(truth), config.data.central_fraction)
+        if digest(truth.shape, volume.affine.tolist(), truth[central].sum((1, 2))) in trained:
+            seen.append(scan.name)
+        prediction = predict_volume(predict, variables, volume, truth, config)
+        scored, example = _score(scan.name, volume, truth, prediction, protocols, central)
         cases += scored
         examples.append(example)
+    if seen:
+        _LOG.warning("%d of these %d scans trained the model: %s", len(seen), len(scans), seen[:8])
     summary = {p: _summarise([c for c in cases if c.protocol == p]) for p in protocols}
     evaluation = Evaluation(cases, summary, examples)
     _write(evaluation, results_folder(config, workdir), config)
@@ -96,9 +106,12 @@ def evaluate(config, workdir) -> Evaluation:
 
 
 def results_folder(config, workdir) -> pathlib.Path:
-    """WORKDIR/evaluation/PART, or …/NAME of another folder of scans."""
-    name = pathlib.Path(config.evaluate.root).resolve().name if config.evaluate.root else ""
-    return pathlib.Path(workdir) / "evaluation" / (name or config.evaluate.part)
+    """WORKDIR/evaluation/PART; for another folder of scans its name and a digest of its path."""
+    name = config.evaluate.part
+    if config.evaluate.root:
+        root = pathlib.Path(config.evaluate.root).resolve()
+        name = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:6]}"
+    return pathlib.Path(workdir) / "evaluation" / name
 
 
 def saved_summary(config, workdir) -> dict[str, dict] | None:
@@ -135,7 +148,12 @@ def _scans(config, workdir) -> list[datasets.Scan]:
     """Labelled scans of the configured part, or of another folder."""
     data = config.data
     if config.evaluate.root:
-        found = datasets.find_scans(config.evaluate.root, data.organ, tuple(data.label_values))
+        found = datasets.find_scans(
+            config.evaluate.root,
+            data.organ,
+            tuple(config.evaluate.label_values),
+            field="evaluate.root",
+        )
         scans = [scan for scan in found if scan.label]
         if not scans:
             raise UserError(f"evaluate.root={config.evaluate.root}: no scan there has a mask.")
@@ -166,12 +184,11 @@ def _scans(config, workdir) -> list[datasets.Scan]:
     ]
 
 
-def _evaluate_scan(scan, predict, variables, protocols, config) -> tuple[list[Case], Example]:
-    volume = volumes.read_volume(scan.image)
-    truth = volumes.read_mask(scan.label, volume, scan.label_values)
-    predicted = predict_volume(predict, variables, volume, truth, config)
+def _score(
+    name: str, volume, truth: np.ndarray, predicted, protocols, central
+) -> tuple[list[Case], Example]:
+    """A case for each protocol, and the example."""
     squares, logits = predicted.truth, predicted.slices.logits
-    central = central_slices(len(truth), config.data.central_fraction)
     shown = [z for z in central if squares[z].any()]
     cases = []
     for protocol in protocols:
@@ -184,7 +201,7 @@ def _evaluate_scan(scan, predict, variables, protocols, config) -> tuple[list[Ca
             score, voxel_ml = dataclasses.replace(score, hd95=None), None
         cases.append(
             Case(
-                scan=scan.name,
+                scan=name,
                 protocol=protocol,
                 volume=score,
                 slice_dice=slice_dice,
@@ -195,7 +212,7 @@ def _evaluate_scan(scan, predict, variables, protocols, config) -> tuple[list[Ca
         )
     z = int(squares.sum(axis=(1, 2)).argmax())
     example = Example(
-        scan=scan.name,
+        scan=name,
         dice=cases[0].volume.dice,
         hu=predicted.hu[z],
         truth=squares[z],
@@ -222,11 +239,16 @@ def _summarise(cases: list[Case]) -> dict:
 
 def _moments(values: list) -> dict[str, float] | None:
     known = [value for value in values if value is not None]
-    return {"mean": float(np.mean(known)), "std": float(np.std(known))} if known else None
+    if not known:
+        return None
+    return {"mean": float(np.mean(known)), "std": float(np.std(known)), "count": len(known)}
 
 
 def _mean_std(moments: dict | None, digits: int) -> str:
-    return f"{moments['mean']:.{digits}f} ± {moments['std']:.{digits}f}" if moments else "–"
+    if not moments:
+        return "–"
+    spread = f" ± {moments['std']:.{digits}f}" if moments["count"] > 1 else ""
+    return f"{moments['mean']:.{digits}f}{spread}"
 
 
 def _write(evaluation: Evaluation, folder: pathlib.Path, config) -> None:

@@ -22,9 +22,10 @@ def overlay(volume: Volume, mask: np.ndarray, window: tuple[float, float]) -> Fi
       mask: (D, H, W) bool.
       window: HU shown as black and as white.
     """
-    rows = np.flatnonzero(mask.any(axis=(1, 2)))
-    first, last = (rows[0], rows[-1]) if len(rows) else (0, len(mask) - 1)
-    levels = np.unique(np.rint(np.linspace(first, last, 5)[1:-1]).astype(int))
+    shown = np.flatnonzero(mask.any(axis=(1, 2)))
+    if not len(shown):
+        shown = np.arange(len(mask))
+    levels = np.unique(shown[[len(shown) // 4, len(shown) // 2, 3 * len(shown) // 4]])
     figure = Figure(figsize=(4 * len(levels), 4.4), layout="constrained", facecolor="black")
     for axis, z in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels, strict=True):
         _show(axis, volume.hu[z], window, aspect=volume.spacing[1] / volume.spacing[2])

@@ -29,11 +29,30 @@ MODES = {
     "predict": "segment --input into --output",
 }
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(pathlib.Path(__file__).with_name("config.py")),
-    "The run's config; evaluate and predict take the workdir's without it.",
-)
+
+def _define_config():
+    """ml_collections applies `--config.field=value` to the default as soon as it is defined."""
+    default = pathlib.Path(__file__).with_name("config.py")
+    about = "The run's config; evaluate and predict take the workdir's without it."
+    try:
+        return config_flags.DEFINE_config_file("config", str(default), about)
+    except (AttributeError, KeyError) as error:
+        sys.exit(_fail(_no_such_field(error)))
+
+
+def _no_such_field(error: Exception) -> str:
+    """ml_collections wraps the KeyError that says what was meant in an AttributeError."""
+    cause = error.args[0]
+    text = cause.args[0] if isinstance(cause, KeyError) else cause
+    return f"--config: no such field: {' '.join(str(text).split())}"
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+_CONFIG = _define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _MODE = flags.DEFINE_enum(
     "mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items())
@@ -81,7 +100,7 @@ def _config(mode: str, workdir: pathlib.Path):
     if mode in ("train", "prepare"):
         if not flag.present:
             raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
-        return _CONFIG.value
+        return _named_config()
     overrides = config_flags.get_override_values(flag)
     if "data.root" in overrides:
         raise UserError(
@@ -89,10 +108,20 @@ def _config(mode: str, workdir: pathlib.Path):
             "--mode=evaluate --config.evaluate.root=DIR."
         )
     if flag.present:
-        return _CONFIG.value
+        return _named_config()
     config = load_config(workdir)
     config.update_from_flattened_dict(overrides)
     return config
+
+
+def _named_config():
+    config = _CONFIG.value
+    try:
+        config.lock()
+        return config
+    except OSError as error:  # a file that could not be loaded is told at its first use
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"--config={file}: no such file; there are some in configs/.") from error
 
 
 def _train(config, workdir: pathlib.Path) -> None:
@@ -130,22 +159,15 @@ def _print_results(config, workdir: pathlib.Path, summary: dict) -> None:
     print(f"{evaluate.result_table(summary)}\n\nreport      {page}")
 
 
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 1
-
-
 def _parse_flags(argv):
     """Names a misspelt field or a missing config file without a traceback."""
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        # ml_collections wraps the KeyError that says what was meant in an AttributeError.
-        cause = error.args[0]
-        text = cause.args[0] if isinstance(cause, KeyError) else cause
-        sys.exit(_fail(f"--config: no such field: {' '.join(str(text).split())}"))
-    except FileNotFoundError as error:
-        sys.exit(_fail(f"--config: {error}; the files are in configs/."))
+        sys.exit(_fail(_no_such_field(error)))
+    except OSError:
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        sys.exit(_fail(f"--config={file}: cannot be loaded; there are some in configs/."))
 
 
 def _log_to_terminal() -> None:

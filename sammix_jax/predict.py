@@ -13,6 +13,9 @@ from sammix_jax.inference import load_model, make_predict, predict_volume
 
 _LOG = logging.getLogger(__name__)
 
+# Hidden files, and the masks that lie beside the scans in LiTS.
+NO_SCANS = (".", "segmentation-")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -36,37 +39,66 @@ def predict(config, workdir, source, target) -> list[Prediction]:
       One prediction a scan. Beside each mask lies an overlay, `NAME_overlay.png`.
 
     Raises:
-      UserError: a bad scan, nothing to predict, or a target that would overwrite a scan.
+      UserError: nothing to predict, or a target that would overwrite a scan; bad scans, once all
+        others are predicted.
     """
     pairs = _pairs(pathlib.Path(source), pathlib.Path(target))
     model, variables = load_model(config, workdir)
     step = make_predict(model, config, ("cam",))
-    predictions = []
+    predictions, faults = [], []
     for scan, mask_path in pairs:
-        volume = volumes.read_volume(scan)
-        mask = predict_volume(step, variables, volume, None, config).masks["cam"]
-        volumes.write_mask(mask_path, mask, volume)
-        overlay = mask_path.with_name(f"{volumes.stem(mask_path)}_overlay.png")
-        figures.save(figures.overlay(volume, mask, config.input.window), overlay)
-        known = volume.has_spacing
-        organ_ml = float(np.count_nonzero(mask) * volume.voxel_ml) if known else None
-        _LOG.info("%s → %s", scan, mask_path)
-        predictions.append(Prediction(mask_path, overlay, organ_ml))
+        try:
+            made = _predict_scan(step, variables, config, scan, mask_path)
+        except UserError as error:
+            _LOG.error("%s", error)
+            faults.append(str(error))
+            continue
+        predictions.append(made)
+        size = "of unknown size" if made.organ_ml is None else f"{made.organ_ml:.1f} mL"
+        _LOG.info("%s: %s %s → %s", scan, config.data.organ, size, mask_path)
+    if faults:
+        done = f"{len(predictions)} of {len(pairs)} scans are predicted; not these:\n  "
+        raise UserError((done if len(pairs) > 1 else "") + "\n  ".join(faults))
     return predictions
+
+
+def _predict_scan(step, variables, config, scan: pathlib.Path, mask_path) -> Prediction:
+    volume = volumes.read_volume(scan)
+    mask = predict_volume(step, variables, volume, None, config).masks["cam"]
+    volumes.write_mask(mask_path, mask, volume)
+    overlay = mask_path.with_name(f"{volumes.stem(mask_path)}_overlay.png")
+    figures.save(figures.overlay(volume, mask, config.input.window), overlay)
+    known = volume.has_spacing
+    organ_ml = float(np.count_nonzero(mask) * volume.voxel_ml) if known else None
+    return Prediction(mask_path, overlay, organ_ml)
 
 
 def _pairs(source: pathlib.Path, target: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
     if source.is_dir():
         if volumes.is_nifti(target):
             raise UserError(f"--output={target}: for a folder of scans give a folder.")
-        scans = sorted(p for p in source.iterdir() if volumes.is_nifti(p) and p.name[0] != ".")
-        if not scans:
-            raise UserError(f"--input={source}: no .nii or .nii.gz file in that folder.")
-        pairs = [(scan, target / scan.name) for scan in scans]
+        cases = sorted([*source.glob("*/ct.nii"), *source.glob("*/ct.nii.gz")])
+        if cases:  # TotalSegmentator's folders, where every scan is called ct
+            pairs = [(scan, target / f"{scan.parent.name}.nii.gz") for scan in cases]
+        else:
+            pairs = [
+                (scan, target / scan.name)
+                for scan in sorted(source.iterdir())
+                if volumes.is_nifti(scan) and not scan.name.startswith(NO_SCANS)
+            ]
+        if not pairs:
+            raise UserError(
+                f"--input={source}: no scans there, expected .nii or .nii.gz files side by side, "
+                "or CASE/ct.nii.gz; convert DICOM with dcm2niix."
+            )
     elif volumes.is_nifti(target):
         pairs = [(source, target)]
     else:
         raise UserError(f"--output={target}: for one scan give a name ending in .nii or .nii.gz.")
+    stems = [volumes.stem(mask) for _, mask in pairs]
+    repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if repeated:
+        raise UserError(f"--input={source}: several scans are called {repeated[:5]}; rename one.")
     for scan, mask in pairs:
         if mask.resolve() == scan.resolve():
             raise UserError(f"--output={mask}: that is the scan itself; give another place.")

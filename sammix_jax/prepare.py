@@ -67,18 +67,20 @@ def prepare(config, workdir) -> SliceStore:
 
     seconds = time.monotonic() - begin
     unlabelled = [record.name for record in records if not record.has_label]
+    rate = f", {len(missing) / seconds:.2f} scans/s" if missing else ""
     _LOG.info(
-        "prepared %d scans (%d new, %.2f scans/s): %d labelled, %d unlabelled%s → %s",
+        "prepared %d scans (%d new%s): %d labelled, %d unlabelled%s → %s",
         len(records),
         len(missing),
-        len(missing) / max(seconds, 1e-9),
+        rate,
         len(records) - len(unlabelled),
         len(unlabelled),
-        f" ({', '.join(unlabelled[:8])}{' …' if len(unlabelled) > 8 else ''})"
-        if unlabelled
-        else "",
+        _listed(unlabelled),
         store,
     )
+    without = [r.name for r in records if r.has_label and not any(r.organ_pixels)]
+    if without:
+        _LOG.warning("masks without any %s: %d scans%s", data.organ, len(without), _listed(without))
     return SliceStore.open(store)
 
 
@@ -141,7 +143,9 @@ def _finished(scan: datasets.Scan, store: pathlib.Path, params: dict) -> ScanRec
 def _prepare_scan(scan: datasets.Scan, store: pathlib.Path, params: dict) -> ScanRecord:
     volume = volumes.read_volume(scan.image)
     depth = volume.hu.shape[0]
-    mask = volumes.read_mask(scan.label, volume, scan.label_values) if scan.label else None
+    mask = None
+    if scan.label:
+        mask = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
     kept = central_slices(depth, params["central_fraction"])
     if not kept:
         raise UserError(
@@ -212,6 +216,10 @@ def _refuse_another_store(store: pathlib.Path, params: dict, scans: list[dataset
             f"{store}: holds {len(vanished)} scans that the data set lacks, such as {vanished[0]}; "
             f"{fix}"
         )
+
+
+def _listed(names: list[str]) -> str:
+    return f" ({', '.join(names[:8])}{' …' if len(names) > 8 else ''})" if names else ""
 
 
 def _paths(scan: datasets.Scan) -> dict[str, str]:

@@ -99,7 +99,19 @@ def test_another_folder(run, config, tmp_path):
     config.evaluate.protocols = ("cam",)
     evaluation = evaluate(config, run)
     assert [case.scan for case in evaluation.cases] == ["s0000"]
-    assert (run / "evaluation" / "other" / "results.json").exists()  # beside the run's own
+    (folder,) = (run / "evaluation").glob("other-*")  # beside the run's own
+    assert (folder / "results.json").exists()
+
+
+def test_scans_that_trained_the_model_are_named(run, config, caplog):
+    config.evaluate.part = "train"
+    config.evaluate.protocols = ("none",)
+    evaluate(config, run)
+    assert "2 of these 2 scans trained the model" in caplog.text
+    caplog.clear()
+    config.evaluate.part = "test"
+    evaluate(config, run)
+    assert "trained the model" not in caplog.text
 
 
 def test_whole_volumes_are_scored_whatever_part_trained(run, config):
@@ -140,13 +152,15 @@ def test_failures_stay_in_the_mean():
     assert summary["hd95_mm"]["mean"] == pytest.approx(52.0)
     assert (summary["scored"], summary["failures"], summary["not_scored"]) == (2, 1, 1)
     assert summary["slice_hausdorff_px"] is None
+    one = result_table({"cam": _summarise([case(0.9, 4.0, "scored")])})
+    assert "0.900" in one and "±" not in one
     empty = _summarise([case(None, None, "both_empty")])
     assert empty["dice"] is None and "–" in result_table({"cam": empty})
 
 
 def test_refusals(run, config):
     config.evaluate.root = "/nowhere"
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=r"evaluate\.root=/nowhere: no such folder"):
         evaluate(config, run)
     config.evaluate.root = ""
     manifest = read_json(run / "store" / "manifest.json")

@@ -90,6 +90,7 @@ def test_evaluate_and_predict_need_no_config(trained, tmp_path):
         (["--config.train.learning_rat=1"], "learning_rat"),
         (["--config.nothing.at_all=1"], "nothing"),
         (["--config.train.schedule=step"], "train.schedule='step': expected one of"),
+        (["--config=configs/nowhere.py"], "configs/nowhere.py: no such file"),
         (["--mode=evaluate", "--config.data.root=elsewhere"], "--config.evaluate.root"),
         (["--config.input.window=(0.,100.)"], "input.window"),
         (["--mode=predict"], "--input"),
@@ -111,6 +112,13 @@ def test_bad_scan_is_named(tmp_path):
     assert made.returncode == 1
     assert made.stderr.splitlines()[-1].startswith("error: ")
     assert "volume-0.nii: every voxel is 0" in made.stderr
+
+
+def test_mistakes_without_a_named_config(trained):
+    folder, _ = trained
+    made = run("--mode=evaluate", f"--workdir={folder}", "--config.evaluate.gat=False")
+    assert made.returncode == 1 and 'Did you mean "gate"' in made.stderr
+    assert "Traceback" not in made.stderr
 
 
 def test_a_mistake_does_not_bind_the_workdir(tmp_path):

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from data.test_volumes import AXCODES, oriented
 
+from sammix_jax import figures
 from sammix_jax.config import load_config
 from sammix_jax.data import phantom
+from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 from sammix_jax.predict import predict
 
@@ -67,6 +69,33 @@ def test_mask_overlay_and_volume(tmp_path, workdir, config, scan):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"mask.nii.gz", "mask_overlay.png"}
 
 
+def test_folders(tmp_path, workdir, config, scan):
+    """Masks beside the scans are no scans; one bad scan does not stop the others."""
+    lits = tmp_path / "lits"
+    lits.mkdir()
+    for name in ("volume-0.nii.gz", "segmentation-0.nii.gz", "volume-2.nii.gz"):
+        nib.save(scan, lits / name)
+    (lits / "volume-1.nii.gz").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"2 of 3 scans are predicted(.|\n)*volume-1"):
+        predict(config, workdir, lits, tmp_path / "masks")
+    made = {path.name for path in (tmp_path / "masks").glob("*.nii.gz")}
+    assert made == {"volume-0.nii.gz", "volume-2.nii.gz"}
+
+    (tmp_path / "total" / "s0003").mkdir(parents=True)
+    nib.save(scan, tmp_path / "total" / "s0003" / "ct.nii.gz")
+    (case,) = predict(config, workdir, tmp_path / "total", tmp_path / "out")
+    assert case.mask == tmp_path / "out" / "s0003.nii.gz" and case.mask.exists()
+
+
+def test_overlay_shows_the_organ_where_it_is():
+    """Also where it comes in pieces with gaps between."""
+    volume = Volume(None, np.zeros((40, 8, 8), np.int16), (1.0, 1.0, 1.0), np.eye(4), None)
+    mask = np.zeros((40, 8, 8), bool)
+    mask[[2, 3, 36, 37], 2:5, 2:5] = True
+    titles = [axis.get_title() for axis in figures.overlay(volume, mask, (0, 1)).axes]
+    assert titles == ["slice 4 of 40", "slice 37 of 40", "slice 38 of 40"]
+
+
 def test_refusals(tmp_path, workdir, config, scan):
     path = tmp_path / "scan.nii.gz"
     nib.save(scan, path)
@@ -75,7 +104,7 @@ def test_refusals(tmp_path, workdir, config, scan):
     with pytest.raises(UserError, match=r"ending in \.nii"):
         predict(config, workdir, path, tmp_path / "mask")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no \.nii or"):
+    with pytest.raises(UserError, match="no scans there"):
         predict(config, workdir, tmp_path / "empty", tmp_path / "out")
     with pytest.raises(UserError, match="no such file"):
         predict(config, workdir, tmp_path / "nothing.nii.gz", tmp_path / "mask.nii.gz")

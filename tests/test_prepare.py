@@ -178,3 +178,10 @@ def test_no_root_and_no_phantom(config, tmp_path):
     config.data.phantom.scans = 0
     with pytest.raises(UserError, match=r"data\.root is empty"):
         prepare(config, tmp_path / "run")
+
+
+def test_masks_without_the_organ_are_told(config, lits, tmp_path, caplog):
+    empty = np.zeros((40, 30, 6), np.uint8)
+    nib.save(nib.Nifti1Image(empty, AFFINE), lits / "segmentation-1.nii.gz")
+    prepare(config, tmp_path / "run")
+    assert "masks without any liver: 1 scans (volume-1)" in caplog.text

@@ -27,21 +27,32 @@ LAYOUTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A scan on disk. `label` is None for an unlabelled scan; `label_values` count as the organ."""
+    """A scan on disk.
+
+    Attributes:
+      name: by which the split and the results know it.
+      image, label: files; no label for an unlabelled scan.
+      label_values: the values in the label file that count as the organ.
+      known_values: all values that the layout allows there; () where nothing says so.
+    """
 
     name: str
     image: pathlib.Path
     label: pathlib.Path | None
     label_values: tuple[int, ...] = (1,)
+    known_values: tuple[int, ...] = ()
 
 
-def find_scans(root, organ: str, label_values: tuple[int, ...] = ()) -> list[Scan]:
+def find_scans(
+    root, organ: str, label_values: tuple[int, ...] = (), field: str = "data.root"
+) -> list[Scan]:
     """All scans below `root`, in natural order of their names.
 
     Args:
       root: a folder in one of the three layouts.
       organ: the structure to segment; must be one that the layout names.
       label_values: overrides the label values that count as the organ (label files with several).
+      field: the config field that named the root, for messages.
 
     Raises:
       UserError: no such folder, no known layout, an unknown organ, a mask without its scan, or two
@@ -49,7 +60,7 @@ def find_scans(root, organ: str, label_values: tuple[int, ...] = ()) -> list[Sca
     """
     root = pathlib.Path(root)
     if not root.is_dir():
-        raise UserError(f"data.root={root}: no such folder; give the folder that holds the scans.")
+        raise UserError(f"{field}={root}: no such folder; give the folder that holds the scans.")
     for find in (_find_decathlon, _find_totalsegmentator, _find_lits):
         scans = find(root, organ)
         if scans:
@@ -57,7 +68,7 @@ def find_scans(root, organ: str, label_values: tuple[int, ...] = ()) -> list[Sca
     else:
         found = sorted(p.name for p in root.iterdir())[:5]
         raise UserError(
-            f"data.root={root}: no scans found (it holds {found or 'nothing'}), expected one of: "
+            f"{field}={root}: no scans found (it holds {found or 'nothing'}), expected one of: "
             f"{LAYOUTS}."
         )
     names = [scan.name for scan in scans]
@@ -65,7 +76,8 @@ def find_scans(root, organ: str, label_values: tuple[int, ...] = ()) -> list[Sca
     if repeated:
         raise UserError(f"{root}: several files for the scans {repeated[:5]}; keep one of each.")
     if label_values:
-        scans = [dataclasses.replace(s, label_values=tuple(label_values)) for s in scans]
+        values = tuple(label_values)
+        scans = [dataclasses.replace(s, label_values=values, known_values=()) for s in scans]
     return sorted(scans, key=lambda s: natural(s.name))
 
 
@@ -85,7 +97,8 @@ def _find_lits(root: pathlib.Path, organ: str) -> list[Scan]:
         )
     _refuse_orphans(images, labels, "volume-{}.nii")
     return [
-        Scan(f"volume-{key}", images[key], labels.get(key), LITS_ORGANS[organ]) for key in images
+        Scan(f"volume-{key}", images[key], labels.get(key), LITS_ORGANS[organ], (0, 1, 2))
+        for key in images
     ]
 
 
@@ -95,7 +108,7 @@ def _find_decathlon(root: pathlib.Path, organ: str) -> list[Scan]:
     images = _by_name((root / "imagesTr").iterdir(), _case_name)
     labels = _by_name((root / "labelsTr").glob("*"), str)
     unlabelled = _by_name((root / "imagesTs").glob("*"), _case_name)
-    values = _decathlon_values(root, organ) if labels else (1,)
+    values, known = _decathlon_values(root, organ.lower()) if labels else ((1,), ())
     _refuse_orphans(images, labels, "imagesTr/{}.nii.gz")
     repeated = sorted(set(images) & set(unlabelled))
     if repeated:
@@ -103,7 +116,7 @@ def _find_decathlon(root: pathlib.Path, organ: str) -> list[Scan]:
             f"{root}: {repeated[:5]} stand in imagesTr and in imagesTs; keep each scan once, or a "
             "test scan trains the model."
         )
-    scans = [Scan(key, images[key], labels.get(key), values) for key in images]
+    scans = [Scan(key, images[key], labels.get(key), values, known) for key in images]
     return scans + [Scan(key, path, None, values) for key, path in unlabelled.items()]
 
 
@@ -114,8 +127,8 @@ def _case_name(name: str) -> str:
     return name.removesuffix("_0000")
 
 
-def _decathlon_values(root: pathlib.Path, organ: str) -> tuple[int, ...]:
-    """The organ's label values by dataset.json, in the Decathlon's or in nnU-Net's form."""
+def _decathlon_values(root: pathlib.Path, organ: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The organ's label values and all values, by dataset.json in either form."""
     path = root / "dataset.json"
     if not path.exists():
         raise UserError(
@@ -138,7 +151,8 @@ def _decathlon_values(root: pathlib.Path, organ: str) -> tuple[int, ...]:
         known = sorted(set(values) - {"background", "ignore"})
         raise UserError(f"data.organ={organ}: {path} names {known}; choose one of these.")
     lesions = tuple(n for name in sorted(LESION_NAMES & set(values)) for n in values[name])
-    return tuple(sorted({*values[organ], *(lesions if organ == "liver" else ())}))
+    wanted = tuple(sorted({*values[organ], *(lesions if organ == "liver" else ())}))
+    return wanted, tuple(sorted({0, *(n for numbers in values.values() for n in numbers)}))
 
 
 def _find_totalsegmentator(root: pathlib.Path, organ: str) -> list[Scan]:
@@ -154,7 +168,7 @@ def _find_totalsegmentator(root: pathlib.Path, organ: str) -> list[Scan]:
         folder = image.parent / "segmentations"
         masks = {stem(p): p for p in folder.glob("*.nii*")}
         organs |= set(masks)
-        scans.append(Scan(image.parent.name, image, masks.get(organ)))
+        scans.append(Scan(image.parent.name, image, masks.get(organ), known_values=(0, 1)))
     if organs and not any(scan.label for scan in scans):
         raise UserError(
             f"data.organ={organ}: no scan below {root} has segmentations/{organ}.nii.gz; there are "

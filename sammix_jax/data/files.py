@@ -41,6 +41,8 @@ def read_json(path):
       UserError: it is missing, unreadable or no JSON.
     """
     path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file.")
     try:
         return json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -135,12 +135,28 @@ def _first_file(kept: pathlib.Path, given: str) -> pathlib.Path | None:
     return kept if kept.exists() else pathlib.Path(given) if given else None
 
 
+def digest(shape, affine, organ_pixels) -> str:
+    """What tells labelled scans apart, whatever their files' names and dates.
+
+    Args:
+      shape: (D, H, W) of the canonical volume.
+      affine: (4, 4) of the file, nested sequences.
+      organ_pixels: of each stored slice.
+    """
+    about = [list(shape), [list(row) for row in affine], [int(n) for n in organ_pixels]]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def training_digests(workdir) -> set[str]:
+    """Digests of the scans that trained a workdir."""
+    workdir = pathlib.Path(workdir)
+    known = read_json(workdir / SCANS)
+    return {known[name] for name in read_json(workdir / SPLIT)["train"]}
+
+
 def _digests(store: SliceStore) -> dict[str, str]:
-    """What tells labelled scans apart, whatever their files' names and dates."""
     return {
-        name: hashlib.sha256(
-            json.dumps([record.shape, record.affine, record.organ_pixels]).encode()
-        ).hexdigest()[:16]
+        name: digest(record.shape, record.affine, record.organ_pixels)
         for name, record in store.records.items()
         if record.has_label
     }

@@ -6,6 +6,7 @@ Reorientation only permutes and flips axes: every voxel keeps its value and its 
 """
 
 import dataclasses
+import logging
 import pathlib
 import zlib
 
@@ -17,11 +18,15 @@ from nibabel.spatialimages import HeaderDataError
 from sammix_jax.data.files import whole_file
 from sammix_jax.errors import UserError
 
+_LOG = logging.getLogger(__name__)
+
 CANONICAL = ("L", "P", "S")
 SUFFIXES = (".nii", ".nii.gz")
 # Two exports of one scan differ in the last digits of their affines; a hundredth of a millimetre is
 # far below any voxel and far above rounding.
 AFFINE_TOLERANCE_MM = 1e-2
+# A scan without anything below this has most likely been shifted or scaled.
+MOST_AIR_HU = -200
 # What nibabel, gzip and NumPy raise for files that are cut short or damaged.
 _UNREADABLE = (
     ImageFileError,
@@ -98,6 +103,12 @@ def read_volume(path) -> Volume:
         raise UserError(
             f"{path}: every voxel is {low}, expected a CT scan; the export is empty or broken."
         )
+    if low > MOST_AIR_HU:
+        _LOG.warning(
+            "%s: the lowest value is %g, where CT has air near -1000; are these Hounsfield units?",
+            path,
+            low,
+        )
     orientation = nib.io_orientation(image.affine)
     if voxels.dtype != np.int16:
         voxels = np.clip(np.rint(voxels), -32768, 32767).astype(np.int16)
@@ -112,8 +123,16 @@ def read_volume(path) -> Volume:
     )
 
 
-def read_mask(path, scan: Volume, label_values: tuple[int, ...]) -> np.ndarray:
+def read_mask(
+    path, scan: Volume, label_values: tuple[int, ...], known_values: tuple[int, ...] = ()
+) -> np.ndarray:
     """Reads the mask that belongs to `scan`: (D, H, W) bool, true where the label is in the values.
+
+    Args:
+      path: the label file.
+      scan: the scan it was drawn on.
+      label_values: count as the organ.
+      known_values: all that the file may hold; () for any.
 
     Raises:
       UserError: unreadable, labels that are no integers, or a grid or affine other than the scan's.
@@ -134,11 +153,20 @@ def read_mask(path, scan: Volume, label_values: tuple[int, ...]) -> np.ndarray:
             f"scan {scan.path}; resample the mask onto the scan, or copy the scan's affine into it "
             "if the voxels are known to match."
         )
-    labels = np.rint(voxels)
-    if not np.array_equal(labels, voxels):
+    labels = voxels
+    if not np.issubdtype(voxels.dtype, np.integer):
+        labels = np.rint(voxels)
+        if not np.array_equal(labels, voxels):
+            raise UserError(
+                f"{path}: the mask holds values that are no whole numbers (from {voxels.min()} to "
+                f"{voxels.max()}), expected label values; was it resampled with interpolation?"
+            )
+        labels = labels.astype(np.int64)
+    if known_values and not (known := np.isin(labels, known_values)).all():
         raise UserError(
-            f"{path}: the mask holds values that are no whole numbers (from {voxels.min()} to "
-            f"{voxels.max()}), expected label values; was it resampled with interpolation?"
+            f"{path}: the mask holds the values {np.unique(labels[~known])[:5].tolist()}, expected "
+            f"{known_values} with {label_values} for the organ; relabel the mask, or name the "
+            "organ's values with label_values."
         )
     return _canonical(np.isin(labels, label_values), scan.orientation)
 
@@ -175,7 +203,9 @@ def _read(path: pathlib.Path):
     if not path.exists():
         raise UserError(f"{path}: no such file.")
     if not is_nifti(path):
-        raise UserError(f"{path}: expected a NIfTI file (.nii or .nii.gz); convert the scan first.")
+        raise UserError(
+            f"{path}: expected a NIfTI file (.nii or .nii.gz); convert DICOM with dcm2niix."
+        )
     try:
         image = nib.load(path)
         voxels = np.asanyarray(image.dataobj)

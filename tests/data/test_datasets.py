@@ -45,6 +45,8 @@ def test_decathlon_and_nnunet(tmp_path, labels, organ, values):
         ("liver_1", True), ("liver_2", False), ("liver_9", False),
     ]  # fmt: skip
     assert scans[0].label_values == values
+    assert set(values) | {0} <= set(scans[0].known_values)
+    assert datasets.find_scans(tmp_path, organ.title())[0].label_values == values
 
 
 def test_totalsegmentator(tmp_path):

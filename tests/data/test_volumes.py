@@ -172,3 +172,19 @@ def test_lost_spacing_and_tilted_gantry(write_scan, ct):
     scan = volumes.read_volume(write_scan("tilted.nii.gz", ct, tilted))
     assert scan.has_spacing
     assert scan.voxel_ml == pytest.approx(0.020)  # a shear keeps the volume
+
+
+def test_mask_values_that_nothing_names(write_scan, ct):
+    """A mask of 0 and 255 must not pass for an empty one."""
+    scan = volumes.read_volume(write_scan("scan.nii.gz", ct))
+    path = write_scan("mask.nii.gz", (ct > 100).astype(np.uint8) * 255)
+    with pytest.raises(UserError, match=r"mask\.nii\.gz: the mask holds the values \[255\]"):
+        volumes.read_mask(path, scan, (1,), known_values=(0, 1))
+    assert volumes.read_mask(path, scan, (255,)).any()
+
+
+def test_a_scan_without_air_is_told(write_scan, ct, caplog):
+    volumes.read_volume(write_scan("scan.nii.gz", np.minimum(ct, 300) - np.int16(700)))
+    assert not caplog.records
+    volumes.read_volume(write_scan("shifted.nii.gz", np.abs(ct)))
+    assert "are these Hounsfield units?" in caplog.text
