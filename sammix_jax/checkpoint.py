@@ -57,6 +57,7 @@ class Checkpoints:
 
     def save_best(self, state: TrainState, step: int, score: float) -> bool:
         """Keeps this state where its score beats every earlier one. Returns whether it did."""
+        self._best.wait_until_finished()  # a save under way has no score yet
         best = self._best.best_step()
         if best is not None and score <= self._best.metrics(best)["score"]:
             return False

@@ -119,6 +119,7 @@ def test_one_batch_can_be_learnt_by_heart():
     config = small_config()
     config.train.augment = False
     config.train.schedule = "constant"
+    config.loss.bce = 1.0
     model, optimiser = sam_mix(config), make_optimiser(config.train, 40)
     state = jax.jit(make_init(model, optimiser, config))()
     step = jax.jit(make_train_step(model, optimiser, config))
