@@ -14,7 +14,7 @@ from sammix_jax import metrics
 from sammix_jax.data import datasets, volumes
 from sammix_jax.data.files import read_json, whole_file, write_json
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import Split, digest, training_digests
+from sammix_jax.data.splits import digest, kept_split, training_digests
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model, make_predict, predict_volume
 from sammix_jax.prepare import central_slices
@@ -91,7 +91,12 @@ def evaluate(config, workdir) -> Evaluation:
         volume = volumes.read_volume(scan.image)
         truth = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
         central = central_slices(len(truth), config.data.central_fraction)
-        if digest(truth.shape, volume.affine.tolist(), truth[central].sum((1, 2))) in trained:
+        if (
+            digest(
+                truth.shape, volume.affine.tolist(), truth[central.start : central.stop].sum((1, 2))
+            )
+            in trained
+        ):
             seen.append(scan.name)
         prediction = predict_volume(predict, variables, volume, truth, config)
         scored, example = _score(scan.name, volume, truth, prediction, protocols, central)
@@ -158,7 +163,7 @@ def _scans(config, workdir) -> list[datasets.Scan]:
         if not scans:
             raise UserError(f"evaluate.root={config.evaluate.root}: no scan there has a mask.")
         return scans
-    split = Split(**read_json(pathlib.Path(workdir) / "split.json"))
+    split = kept_split(workdir)
     store = pathlib.Path(data.store or pathlib.Path(workdir) / "store")
     records = SliceStore.open(store).records
     names = split.part(config.evaluate.part)

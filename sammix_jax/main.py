@@ -17,9 +17,8 @@ from ml_collections import config_flags
 from sammix_jax import evaluate, predict, prepare, report, train
 from sammix_jax.config import check_workdir, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
-from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import SPLIT
+from sammix_jax.data.splits import kept_split
 from sammix_jax.errors import UserError
 
 MODES = {
@@ -141,9 +140,8 @@ def _train(config, workdir: pathlib.Path) -> None:
 
 def _example_scan(store: SliceStore, workdir: pathlib.Path) -> str:
     """A scan that trained nothing: an unlabelled one, else one of the test part."""
-    test = read_json(workdir / SPLIT)["test"]
     unlabelled = [name for name, record in store.records.items() if not record.has_label]
-    name = [*unlabelled, *test, *store.records][0]
+    name = [*unlabelled, *kept_split(workdir).test, *store.records][0]
     return store.records[name].image
 
 

@@ -130,6 +130,12 @@ def keep(split: Split, labels: list[SliceId], store: SliceStore, workdir) -> Non
     write_json(workdir / SCANS, _digests(store))
 
 
+def kept_split(workdir) -> Split:
+    """The split that a workdir was trained on."""
+    fields = read_json(pathlib.Path(workdir) / SPLIT)
+    return Split(**{part: tuple(fields[part]) for part in PARTS})
+
+
 def _first_file(kept: pathlib.Path, given: str) -> pathlib.Path | None:
     """A workdir once begun keeps its own file."""
     return kept if kept.exists() else pathlib.Path(given) if given else None
@@ -149,9 +155,8 @@ def digest(shape, affine, organ_pixels) -> str:
 
 def training_digests(workdir) -> set[str]:
     """Digests of the scans that trained a workdir."""
-    workdir = pathlib.Path(workdir)
-    known = read_json(workdir / SCANS)
-    return {known[name] for name in read_json(workdir / SPLIT)["train"]}
+    known = read_json(pathlib.Path(workdir) / SCANS)
+    return {known[name] for name in kept_split(workdir).train}
 
 
 def _digests(store: SliceStore) -> dict[str, str]:
