@@ -91,12 +91,8 @@ def evaluate(config, workdir) -> Evaluation:
         volume = volumes.read_volume(scan.image)
         truth = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
         central = central_slices(len(truth), config.data.central_fraction)
-        if (
-            digest(
-                truth.shape, volume.affine.tolist(), truth[central.start : central.stop].sum((1, 2))
-            )
-            in trained
-        ):
+        organ_pixels = truth[central.start : central.stop].sum(axis=(1, 2))
+        if digest(truth.shape, volume.affine.tolist(), organ_pixels) in trained:
             seen.append(scan.name)
         prediction = predict_volume(predict, variables, volume, truth, config)
         scored, example = _score(scan.name, volume, truth, prediction, protocols, central)
