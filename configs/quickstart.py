@@ -25,7 +25,10 @@ def get_config():
     config.model.classifier_stride = 8
 
     # Nothing is pretrained here, so everything learns.
-    config.train.trainable = (r"sam/(?!prompt_encoder/position_encoding).*", r"classifier/.*")
+    config.train.trainable = (
+        r"sam/(?!prompt_encoder/position_encoding).*",
+        r"(classifier|fusion)/.*",
+    )
     config.train.steps = 300
     config.train.batch_labelled = 8
     config.train.batch_unlabelled = 8

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+METHODS = ("grad_cam", "cam")
 COMPONENTS = ("largest", "peak", "all")
 
 
@@ -33,11 +34,8 @@ class CamPrompt(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("target",))
-def grad_cam(features: jax.Array, head_kernel: jax.Array, target: int) -> jax.Array:
-    """Grad-CAM (Selvaraju et al. 2017) of a linear head on global average pooling.
-
-    The gradient of such a class score is the same at every position, the head's weights over the
-    map's area, so no backward pass is needed.
+def plain_cam(features: jax.Array, head_kernel: jax.Array, target: int) -> jax.Array:
+    """The class activation map of Zhou et al. 2016 (arXiv 1512.04150), over the map's area.
 
     Args:
       features: (B, h, w, D) feature map that is pooled.
@@ -45,7 +43,7 @@ def grad_cam(features: jax.Array, head_kernel: jax.Array, target: int) -> jax.Ar
       target: class, 0 to K - 1.
 
     Returns:
-      (B, h, w) float32, not negative, not normalised.
+      (B, h, w) float32, negative where a place speaks against the class; not normalised.
 
     Raises:
       ValueError: shapes that do not fit, or a class that the head lacks.
@@ -61,7 +59,22 @@ def grad_cam(features: jax.Array, head_kernel: jax.Array, target: int) -> jax.Ar
         )
     _, h, w, _ = features.shape
     weights = head_kernel[:, target].astype(jnp.float32) / (h * w)
-    return jax.nn.relu(features.astype(jnp.float32) @ weights)
+    return features.astype(jnp.float32) @ weights
+
+
+@functools.partial(jax.jit, static_argnames=("target",))
+def grad_cam(features: jax.Array, head_kernel: jax.Array, target: int) -> jax.Array:
+    """Grad-CAM (Selvaraju et al. 2017) of a linear head on global average pooling.
+
+    The gradient of such a class score is the same at every position, the head's weights over the
+    map's area, so no backward pass is needed: it is the plain map without its negative evidence.
+
+    Args, Raises: as for `plain_cam`.
+
+    Returns:
+      (B, h, w) float32, not negative, not normalised.
+    """
+    return jax.nn.relu(plain_cam(features, head_kernel, target))
 
 
 def grad_cam_by_gradient(

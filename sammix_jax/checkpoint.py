@@ -4,6 +4,7 @@ Below WORKDIR/checkpoints:
     latest/STEP  everything that changes in training
     best/STEP    the trained parameters and batch statistics of the best validation score
     frozen       the frozen parameters, written once
+    preprocessing.json  how a slice becomes the network's input; travels with the weights
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
+from sammix_jax.config import preprocessing
+from sammix_jax.data.files import read_json, write_json
 from sammix_jax.errors import UserError
 from sammix_jax.train_step import TrainState
 
@@ -49,6 +52,37 @@ class Checkpoints:
             with contextlib.closing(ocp.StandardCheckpointer()) as frozen:
                 frozen.save(self._root / "frozen", state.frozen)
 
+    def save_preprocessing(self, config) -> None:
+        """Keeps the fields by which scans become the network's input."""
+        write_json(self._preprocessing, preprocessing(config))
+
+    def check_preprocessing(self, config) -> None:
+        """Checks that a config feeds the network what it was trained on.
+
+        Raises:
+          UserError: it does not, or nothing is known; names the differing fields.
+        """
+        if not self._preprocessing.exists():
+            raise UserError(
+                f"{self._preprocessing}: no such file, so it is unknown which window and scaling "
+                "these weights were trained with; copy the whole checkpoints folder."
+            )
+        kept, given = read_json(self._preprocessing), preprocessing(config)
+        differing = [
+            f"{field}={kept.get(field)} (now {value})"
+            for field, value in given.items()
+            if kept.get(field) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{self._preprocessing}: these weights were trained with {', '.join(differing)}; "
+                "leave these fields out to take the checkpoint's."
+            )
+
+    @property
+    def _preprocessing(self) -> pathlib.Path:
+        return self._root / "preprocessing.json"
+
     def save(self, state: TrainState, step: int, last: bool = False) -> None:
         """Saves at the interval, and always where `last`; returns before the files are written."""
         if step == self.latest_step:
@@ -77,7 +111,7 @@ class Checkpoints:
         restored = self._latest.restore(
             self.latest_step, args=ocp.args.StandardRestore(_changing(like))
         )
-        return TrainState(frozen=self._restore_frozen(like), **restored)
+        return like.replace(frozen=self._restore_frozen(like), **restored)
 
     def restore_best(self, like: TrainState) -> TrainState:
         """The best state by validation, else the newest; `opt_state` is left as in `like`.
@@ -104,7 +138,8 @@ def _inferring(state: TrainState) -> dict:
 
 
 def _changing(state: TrainState) -> dict:
-    return {**_inferring(state), "opt_state": state.opt_state}
+    changing = {**_inferring(state), "opt_state": state.opt_state}
+    return changing | ({"teacher": state.teacher} if state.teacher else {})
 
 
 def abstract(state, sharding):

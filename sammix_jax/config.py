@@ -16,6 +16,17 @@ from sammix_jax.errors import UserError
 # how results are reported, never what was trained or how images are normalised.
 FREE_FIELDS = ("data.root", "data.store", "data.workers", "evaluate", "log", "checkpoint")
 
+# How a slice becomes the network's input. Kept with the checkpoints, and by them.
+PREPROCESSING_FIELDS = (
+    "data.organ",
+    "data.size",
+    "data.resize",
+    "input.window",
+    "input.scaling",
+    "input.normalise",
+    "model.image_size",
+)
+
 
 def default_config() -> ml_collections.ConfigDict:
     """The paper's method on LiTS-like folders."""
@@ -28,13 +39,16 @@ def default_config() -> ml_collections.ConfigDict:
     data.label_values = ()  # label values that count as the organ; () takes the layout's
     data.store = ""  # slice store; "" is WORKDIR/store
     data.size = 256  # side of the stored slices, pixels (S)
-    data.resize = "fit"  # "fit" keeps proportions and pads, "stretch" fills the square (S)
+    data.resize = "fit"  # "fit" keeps proportions and pads, "stretch" fills the square, "paper"
+    #                      fills it in the authors' arithmetic (S)
     data.central_fraction = 1.0  # central part of each scan's slices; the authors keep 0.3 (S)
+    data.slice_range = (0.0, 1.0)  # or a part by fractions of the scan's height, feet to head
     data.split = (91, 13, 27)  # train, val, test, by patient (G)
     data.split_file = ""  # a split.json to use instead of drawing one
     data.labelled_slices = 50  # k; 0 uses every positive slice (S: 5, 50, 100)
     data.labels_file = ""  # a labels.json to use instead of drawing one
-    data.seed = 0  # of the split and of the draw of labelled slices
+    data.seed = 0  # of the split
+    data.labels_seed = 0  # of the draw of labelled slices
     data.workers = 0  # threads that prepare; 0 is one per core
     data.phantom = phantom = ml_collections.ConfigDict()
     phantom.scans = 0
@@ -44,6 +58,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.input = inputs = ml_collections.ConfigDict()
     inputs.window = (-160.0, 240.0)  # HU (S)
+    inputs.scaling = "window"  # to [0, 1]; "paper" is the authors' (x + 3055) / 8866 in float16 (S)
     inputs.normalise = "minmax"  # per slice to [0, 1] (L); "unit" scales the window, "sam" adds
     #                              SAM's mean and standard deviation
 
@@ -55,16 +70,22 @@ def default_config() -> ml_collections.ConfigDict:
     model.classifier = "resnet38"  # (F for ResNet-38, G for model A1); resnet18/34/50, mini
     model.classifier_stride = 32  # (F); 8 is the dilated form
     model.freeze_batch_norm = False  # keep the classifier's running statistics as loaded
-    model.mask_choice = "argmax_iou"  # of three (F/G); "single" takes SAM's single-mask token
+    model.mask_choice = "argmax_iou"  # of three (F/G); "index" takes one of the three, "single"
+    #                                   SAM's single-mask token
+    model.mask_index = 0  # which of the three "index" takes
     model.sam_weights = ""  # file of python -m convert.sam; "" starts from random values
     model.classifier_weights = ""  # file of python -m convert.classifier; "" as above
     model.dtype = "float32"  # compute dtype of SAM and the classifier; parameters stay float32
     model.remat = False  # recompute encoder blocks in the backward pass
 
     config.cam = cam = ml_collections.ConfigDict()
+    cam.method = "grad_cam"  # (F); "cam" is the plain one, which keeps negative evidence
+    cam.layer = "last"  # (F); a stage of the classifier, such as "b5" or "layer3", by gradient
     cam.threshold = 0.2  # of the CAM's peak (F)
     cam.component = "largest"  # (F); "peak" holds the peak, "all" keeps every component
-    cam.fusion = "add"  # CAM mask added to the image embeddings (F for ⊕, G for add); "none"
+    cam.fusion = "add"  # CAM mask added to the image embeddings (F for ⊕, G for add); "concat" with
+    #                     a 1×1 projection that starts as the identity; "none"
+    cam.soft = False  # fuse the CAM's values instead of its binary mask
     cam.box = True  # the CAM's box prompts the decoder (S)
 
     config.loss = loss = ml_collections.ConfigDict()
@@ -81,25 +102,39 @@ def default_config() -> ml_collections.ConfigDict:
         r"sam/image_encoder/.*/lora_.*",
         r"sam/prompt_encoder/(?!position_encoding).*",
         r"sam/mask_decoder/.*",
-        r"classifier/.*",
+        r"(classifier|fusion)/.*",
     )
     train.epochs = 10.0  # (S: 90% fewer than the baselines' 100)
     train.steps = 0  # overrides epochs
     train.batch_labelled = 1  # slices that train both tasks (L: batch 1)
     train.batch_unlabelled = 1  # slices that train the classifier alone
     train.learning_rate = 1e-4  # (L)
+    train.box = "cam"  # box that prompts the decoder in training (S); "gt" is the true mask's
+    train.classifier_warmup_steps = 0  # steps in which only the classifier learns
     train.schedule = "constant"  # (L); "cosine" decays to zero
     train.warmup_steps = 0
     train.weight_decay = 0.0
     train.clip_norm = 0.0  # global gradient norm; 0 does not clip
     train.augment = False  # random affine and intensity changes on the device
 
+    # Not in the paper, and off: a teacher, the moving average of the trained parameters, segments
+    # weak views of slices without masks, and the model learns its confident pixels on strong ones.
+    config.consistency = consistency = ml_collections.ConfigDict()
+    consistency.weight = 0.0
+    consistency.ema = 0.99  # share of the teacher that a step keeps
+    consistency.confidence = 0.9  # teacher's probability from which a pixel counts
+    consistency.start_step = 0  # the teacher follows from the start and teaches from here
+    consistency.ramp_steps = 100  # over which the weight then grows
+
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.part = "test"  # train, val or test
     evaluate.root = ""  # evaluate every labelled scan of this folder instead
     evaluate.label_values = ()  # of that folder's label files; () takes the layout's
+    evaluate.scans = 0  # how many of them that show the organ, drawn by seed (S: 20); 0 takes all
+    evaluate.seed = 0
     evaluate.protocols = ("cam", "gt_box", "none")
     evaluate.gate = True  # slices that the classifier calls negative get an empty mask
+    evaluate.nsd_tolerance = 2.0  # mm by which a surface may be off and still count
     evaluate.batch = 8
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
@@ -144,6 +179,12 @@ def check_workdir(config, workdir) -> None:
             f"{path}: this workdir was made with {', '.join(differing)}; give another --workdir, "
             "or the same settings."
         )
+
+
+def preprocessing(config) -> dict:
+    """The values of `PREPROCESSING_FIELDS`, as JSON has them."""
+    flat = _flat(json.loads(config.to_json()))
+    return {field: flat[field] for field in PREPROCESSING_FIELDS}
 
 
 def load_config(workdir) -> ml_collections.ConfigDict:

@@ -2,30 +2,34 @@
 
 import pathlib
 
-from sammix_jax.cam import COMPONENTS
+from sammix_jax.cam import COMPONENTS, METHODS
+from sammix_jax.data import paper
 from sammix_jax.data.geometry import RESIZES
 from sammix_jax.data.phantom import DOMAINS
 from sammix_jax.data.splits import PARTS
 from sammix_jax.errors import UserError
 from sammix_jax.models.lora import THIRDS
-from sammix_jax.models.resnet import OUTPUT_STRIDES
+from sammix_jax.models.resnet import OUTPUT_STRIDES, STAGES
 from sammix_jax.models.sam.variants import VARIANTS
 from sammix_jax.optim import SCHEDULES
-from sammix_jax.preprocess import NORMALISATIONS
-from sammix_jax.sam_mix import DTYPES, FUSIONS, MASK_CHOICES, PROTOCOLS
+from sammix_jax.preprocess import NORMALISATIONS, SCALINGS
+from sammix_jax.sam_mix import BOX_SOURCES, DTYPES, FUSIONS, MASK_CHOICES, PROTOCOLS
 from sammix_jax.train_step import CLASSIFICATION_LOSSES
 
 CHOICES = {
     "data.resize": RESIZES,
     "data.phantom.domain": tuple(DOMAINS),
+    "input.scaling": SCALINGS,
     "input.normalise": NORMALISATIONS,
     "model.sam": tuple(VARIANTS),
     "model.classifier": tuple(OUTPUT_STRIDES),
     "model.mask_choice": MASK_CHOICES,
     "model.dtype": DTYPES,
+    "cam.method": METHODS,
     "cam.component": COMPONENTS,
     "cam.fusion": FUSIONS,
     "loss.classifier": tuple(CLASSIFICATION_LOSSES),
+    "train.box": BOX_SOURCES,
     "train.schedule": SCHEDULES,
     "evaluate.part": PARTS,
 }
@@ -37,9 +41,11 @@ AT_LEAST = {
     "data.phantom.scans": 0,
     "data.phantom.unlabelled": 0,
     "model.image_size": 1,
+    "model.mask_index": 0,
     "model.lora_rank": 0,
     "train.steps": 0,
     "train.warmup_steps": 0,
+    "train.classifier_warmup_steps": 0,
     "train.batch_labelled": 1,
     "train.batch_unlabelled": 0,
     "train.learning_rate": 0,
@@ -50,6 +56,12 @@ AT_LEAST = {
     "loss.dice_smooth": 0,
     "loss.bce": 0,
     "loss.iou": 0,
+    "consistency.weight": 0,
+    "consistency.start_step": 0,
+    "consistency.ramp_steps": 0,
+    "evaluate.scans": 0,
+    "evaluate.seed": 0,
+    "evaluate.nsd_tolerance": 0,
     "evaluate.batch": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
@@ -81,8 +93,40 @@ def check_config(config) -> None:
 
     low, high = config.input.window
     expect("input.window", low < high, "(low, high) in HU with low < high")
+    if config.data.resize == "paper":
+        inside = paper.WINDOW[0] <= low and high <= paper.WINDOW[1]
+        expect("input.window", inside, f"within {paper.WINDOW}, to which data.resize=paper clips")
+    if config.input.scaling == "paper":  # its values span [0.327, 0.372]
+        where = "where input.scaling=paper"
+        expect("data.resize", config.data.resize == "paper", f"paper {where}")
+        expect("input.window", (low, high) == paper.WINDOW, f"{paper.WINDOW} {where}")
+        expect("input.normalise", config.input.normalise != "sam", f"minmax or unit {where}")
+        expect("train.augment", not config.train.augment, f"False {where}")
+        expect("consistency.weight", config.consistency.weight == 0, f"0 {where}")
     expect("cam.threshold", 0 < config.cam.threshold <= 1, "a share of the peak, above 0 to 1")
     expect("data.central_fraction", 0 < config.data.central_fraction <= 1, "above 0 to 1")
+    if config.model.classifier in STAGES:
+        layers = ("last", *STAGES[config.model.classifier])
+        expect(
+            "cam.layer",
+            config.cam.layer in layers,
+            f"one of {', '.join(layers)} for model.classifier={config.model.classifier}",
+        )
+    expect(
+        "cam.method",
+        config.cam.method == "grad_cam" or config.cam.layer == "last",
+        "grad_cam where cam.layer is not last",
+    )
+    start, stop = config.data.slice_range
+    expect("data.slice_range", 0 <= start < stop <= 1, "(start, stop) with 0 <= start < stop <= 1")
+    expect(
+        "data.slice_range",
+        (start, stop) == (0, 1) or config.data.central_fraction == 1,
+        "(0, 1) where data.central_fraction says which slices are kept",
+    )
+    expect("model.mask_index", config.model.mask_index < 3, "0, 1 or 2")
+    expect("consistency.ema", 0 <= config.consistency.ema < 1, "0 to below 1")
+    expect("consistency.confidence", 0.5 <= config.consistency.confidence < 1, "0.5 to below 1")
     expect("train.epochs", config.train.epochs > 0 or config.train.steps > 0, "above 0")
     if config.model.classifier in OUTPUT_STRIDES:
         strides = OUTPUT_STRIDES[config.model.classifier]

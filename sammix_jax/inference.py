@@ -13,7 +13,7 @@ from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
-from sammix_jax.preprocess import window
+from sammix_jax.preprocess import scale_slices
 from sammix_jax.sam_mix import POSITIVE, SamMix, sam_mix
 from sammix_jax.sharding import make_mesh, replicated
 from sammix_jax.train_step import make_init
@@ -47,11 +47,11 @@ def make_predict(model: SamMix, config, protocols: tuple[str, ...]):
     """
 
     def predict(variables: dict, hu: jax.Array, truth: jax.Array | None) -> SlicePredictions:
-        images = window(hu, config.input.window)  # (B, H, W)
+        images = scale_slices(hu, config.input)  # (B, H, W)
         size = images.shape[1:]
         model_ = model.bind(variables)
         class_logits, features = model_.classify(images)
-        prompt = model_.prompt(features, size)
+        prompt = model_.prompt(images, features)
         embeddings = model_.encode(images)
         organ_probability = jax.nn.softmax(class_logits.astype(jnp.float32))[:, POSITIVE]
         negative = (organ_probability < 0.5) & config.evaluate.gate
@@ -59,11 +59,11 @@ def make_predict(model: SamMix, config, protocols: tuple[str, ...]):
         for protocol in protocols:
             if protocol == "cam":
                 box = prompt.box if config.cam.box else None
-                mask = model_.segment(embeddings, size, prompt.mask, box).logits
+                mask = model_.segment(embeddings, size, prompt, box).logits
                 outside = negative
             elif protocol == "gt_box":
                 box, outside = mask_to_box(truth)
-                mask = model_.segment(embeddings, size, prompt.mask, box).logits
+                mask = model_.segment(embeddings, size, prompt, box).logits
             else:
                 mask = model_.segment(embeddings, size, None, None).logits
                 outside = negative
@@ -144,7 +144,7 @@ def load_model(config, workdir) -> tuple[SamMix, dict]:
     """The trained model of a workdir and its variables, the best by validation.
 
     Raises:
-      UserError: the workdir has no checkpoint.
+      UserError: the workdir has no checkpoint, or one whose weights were trained on other input.
     """
     folder = pathlib.Path(workdir) / "checkpoints"
     if not folder.exists():
@@ -153,5 +153,6 @@ def load_model(config, workdir) -> tuple[SamMix, dict]:
     init = make_init(model, make_optimiser(config.train, steps=1), config)
     like = abstract(jax.eval_shape(init), replicated(make_mesh()))
     with Checkpoints(workdir) as checkpoints:
+        checkpoints.check_preprocessing(config)
         state = checkpoints.restore_best(like)
     return model, state.variables

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 
 
 def dice_loss(
-    logits: jax.Array, target: jax.Array, smooth: float = 1.0, weights: jax.Array | None = None
+    logits: jax.Array,
+    target: jax.Array,
+    smooth: float = 1.0,
+    weights: jax.Array | None = None,
+    valid: jax.Array | None = None,
 ) -> jax.Array:
     """1 - Dice of the sigmoid, per image (SAM-Mix's segmentation loss).
 
@@ -18,22 +22,35 @@ def dice_loss(
       target: (..., H, W) bool, or float in [0, 1].
       smooth: added to numerator and denominator, in pixels.
       weights: (...) float, not negative.
+      valid: (..., H, W) bool, pixels that count; None counts all.
 
     Raises:
       ValueError: shapes that do not fit.
     """
     logits, target = _masks(logits, target)
     probability = jax.nn.sigmoid(logits)
+    if valid is not None:
+        probability, target = probability * valid, target * valid
     overlap = (probability * target).sum(axis=(-2, -1))
     total = probability.sum(axis=(-2, -1)) + target.sum(axis=(-2, -1))
     return _mean(1 - (2 * overlap + smooth) / (total + smooth), weights)
 
 
-def bce_loss(logits: jax.Array, target: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Binary cross-entropy of the sigmoid, mean over each image's pixels; shapes as `dice_loss`."""
+def bce_loss(
+    logits: jax.Array,
+    target: jax.Array,
+    weights: jax.Array | None = None,
+    valid: jax.Array | None = None,
+) -> jax.Array:
+    """Binary cross-entropy of the sigmoid, mean over each image's pixels; arguments as `dice_loss`.
+
+    Pixels that do not count cost 0 and stay in the mean, so that few confident ones weigh little.
+    """
     logits, target = _masks(logits, target)
     # log(1 + e^x) - x·t: stable where log(sigmoid) would underflow.
     pixels = jax.nn.softplus(logits) - logits * target
+    if valid is not None:
+        pixels = pixels * valid
     return _mean(pixels.mean(axis=(-2, -1)), weights)
 
 

@@ -18,7 +18,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from sammix_jax.data import datasets, phantom, volumes
+from sammix_jax.data import datasets, paper, phantom, volumes
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.slices import MANIFEST, VERSION, ScanRecord, SliceStore
@@ -50,6 +50,8 @@ def prepare(config, workdir) -> SliceStore:
         "size": data.size,
         "resize": data.resize,
         "central_fraction": data.central_fraction,
+        # As JSON gives it back.
+        "slice_range": [float(end) for end in data.slice_range],
     }
     _refuse_another_store(store, params, scans)
 
@@ -84,15 +86,25 @@ def prepare(config, workdir) -> SliceStore:
     return SliceStore.open(store)
 
 
-def central_slices(count: int, fraction: float) -> range:
-    """The paper's central slices: `range(ceil(m - fm), floor(m + fm))` with `m = (count - 1) / 2`.
+def kept_slices(
+    depth: int, central_fraction: float, slice_range: tuple[float, float] = (0, 1)
+) -> range:
+    """Which of a scan's slices are kept.
 
-    A fraction of 1 keeps every slice; the authors keep 0.3.
+    Args:
+      depth: how many it has.
+      central_fraction: below 1, the authors' central slices; 1 leaves the choice to `slice_range`.
+      slice_range: (start, stop) as fractions of the depth, from the feet up; slices that lie only
+        partly inside are kept too.
     """
-    if fraction >= 1:
-        return range(count)
-    middle = (count - 1) / 2
-    return range(math.ceil(middle - fraction * middle), math.floor(middle + fraction * middle))
+    if central_fraction < 1:
+        return paper.central_slices(depth, central_fraction)
+    # Rounded, or 0.55 * 100 = 55.00000000000001 would take in another slice.
+    start, stop = (round(end * depth, 6) for end in slice_range)
+    return range(max(0, math.floor(start)), min(depth, math.ceil(stop)))
+
+
+central_slices = kept_slices
 
 
 def _phantom(data, workdir: pathlib.Path) -> pathlib.Path:
@@ -134,23 +146,26 @@ def _finished(scan: datasets.Scan, store: pathlib.Path, params: dict) -> ScanRec
     path = store / "scans" / scan.name / "scan.json"
     if not path.exists():
         return None
-    record = ScanRecord.from_json(read_json(path))
+    fields = read_json(path)
+    if fields["fingerprint"] != _fingerprint(scan, params):
+        return None
     # The data may have been moved as a whole since.
-    same = record.fingerprint == _fingerprint(scan, params)
-    return dataclasses.replace(record, **_paths(scan)) if same else None
+    return dataclasses.replace(ScanRecord.from_json(fields), **_paths(scan))
 
 
 def _prepare_scan(scan: datasets.Scan, store: pathlib.Path, params: dict) -> ScanRecord:
     volume = volumes.read_volume(scan.image)
     depth = volume.hu.shape[0]
-    mask = None
+    mask, organ_pixels = None, ()
     if scan.label:
         mask = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
-    kept = central_slices(depth, params["central_fraction"])
+        organ_pixels = volumes.organ_pixels(scan.label, mask)
+    fraction, slice_range = params["central_fraction"], params["slice_range"]
+    kept = range(depth) if volume.already_cut else kept_slices(depth, fraction, slice_range)
     if not kept:
         raise UserError(
-            f"{scan.image}: {depth} slices leave none at data.central_fraction="
-            f"{params['central_fraction']}; raise the fraction."
+            f"{scan.image}: {depth} slices leave none at data.central_fraction={fraction} and "
+            f"data.slice_range={tuple(slice_range)}; keep more of them."
         )
     geometry = slice_geometry(
         volume.hu.shape[1:], volume.spacing[1:], params["size"], params["resize"]
@@ -167,7 +182,7 @@ def _prepare_scan(scan: datasets.Scan, store: pathlib.Path, params: dict) -> Sca
         geometry=geometry,
         slices=tuple(kept),
         # Counted before resizing: a small organ must not vanish from the image-level label.
-        organ_pixels=() if mask is None else tuple(int(mask[z].sum()) for z in kept),
+        organ_pixels=() if mask is None else tuple(int(organ_pixels[z]) for z in kept),
     )
     arrays = {"hu.npy": np.stack([geometry.image_to_square(volume.hu[z]) for z in kept])}
     if mask is not None:
@@ -228,10 +243,10 @@ def _paths(scan: datasets.Scan) -> dict[str, str]:
 
 
 def _fingerprint(scan: datasets.Scan, params: dict) -> str:
-    """Changes with the files and with how they are prepared."""
+    """Changes with the files, with how they are prepared, and with what a record holds."""
     try:
         stats = [path.stat() for path in (scan.image, scan.label) if path]
     except OSError as error:
         raise UserError(f"{scan.image}: cannot be read ({error}); a broken link?") from error
     files = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
-    return json.dumps([files, scan.label_values, params])
+    return json.dumps([VERSION, files, scan.label_values, params])

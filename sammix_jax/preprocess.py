@@ -1,11 +1,13 @@
-"""From int16 HU slices to network inputs, on the device: window, normalise, augment."""
+"""From int16 HU slices to network inputs, on the device: scale, normalise, augment."""
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
+from sammix_jax.data import paper
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
 
+SCALINGS = ("window", "paper")
 NORMALISATIONS = ("unit", "minmax", "sam")
 
 # Ranges of the augmentation. No flips: they would put the liver on the wrong side of the body.
@@ -15,6 +17,27 @@ SHIFT = 0.08  # of the image's side
 CONTRAST = 0.2
 BRIGHTNESS = 0.1
 NOISE = 0.05
+
+
+def scale_slices(hu: jax.Array, inputs) -> jax.Array:
+    """HU → grey values in [0, 1].
+
+    Args:
+      hu: (B, H, W) int16.
+      inputs: `config.input`. With `scaling="window"` its window becomes [0, 1]; with `"paper"` the
+        values are the authors' float16 ones, bit by bit, which lie in [0.327, 0.372].
+
+    Returns:
+      (B, H, W) float32.
+    """
+    if inputs.scaling == "window":
+        return window(hu, inputs.window)
+    if inputs.scaling != "paper":
+        raise ValueError(f"input.scaling={inputs.scaling!r}: expected one of {SCALINGS}.")
+    # Looked up: a compiler may fuse or widen float16 arithmetic, and round differently.
+    levels = jnp.asarray(paper.LEVELS, jnp.float32)
+    low, high = paper.WINDOW
+    return levels[jnp.clip(hu, low, high).astype(jnp.int32) - low]
 
 
 def window(hu: jax.Array, limits: tuple[float, float]) -> jax.Array:
@@ -47,8 +70,8 @@ def to_rgb(images: jax.Array, normalisation: str) -> jax.Array:
     return rgb
 
 
-def augment(images: jax.Array, masks: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Random rotation, scale, shift, contrast, brightness and noise, one draw per slice.
+def move(images: jax.Array, masks: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Random rotation, scale and shift, one draw per slice.
 
     Args:
       images: (B, H, W) in [0, 1].
@@ -61,9 +84,23 @@ def augment(images: jax.Array, masks: jax.Array, key: jax.Array) -> tuple[jax.Ar
     keys = jax.random.split(key, len(images))
     coordinates = jax.vmap(_random_affine, in_axes=(0, None))(keys, images.shape[1:])
     sample = jax.vmap(lambda image, at: map_coordinates(image, at, order=1, mode="constant"))
-    moved = jax.vmap(_random_intensity)(keys, sample(images, coordinates))
     moved_masks = sample(masks.astype(jnp.float32), coordinates[: len(masks)])
-    return moved, (moved_masks >= 0.5).astype(jnp.float32)
+    return sample(images, coordinates), (moved_masks >= 0.5).astype(jnp.float32)
+
+
+def distort(images: jax.Array, key: jax.Array, strength: float = 1.0) -> jax.Array:
+    """Random contrast, brightness and noise, one draw per slice; nothing moves.
+
+    Args:
+      images: (B, H, W) in [0, 1].
+      key: random key.
+      strength: by which the ranges are multiplied.
+
+    Returns:
+      (B, H, W) float32 in [0, 1].
+    """
+    keys = jax.random.split(key, len(images))
+    return jax.vmap(_random_intensity, in_axes=(0, 0, None))(keys, images, strength)
 
 
 def _random_affine(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -79,10 +116,10 @@ def _random_affine(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return jnp.einsum("ij,jhw->ihw", matrix, grid - centre) + centre + move[:, None, None]
 
 
-def _random_intensity(key: jax.Array, image: jax.Array) -> jax.Array:
+def _random_intensity(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
     contrast, brightness, noise, level = jax.random.split(jax.random.fold_in(key, 1), 4)
-    factor = 1 + jax.random.uniform(contrast, minval=-CONTRAST, maxval=CONTRAST)
-    offset = jax.random.uniform(brightness, minval=-BRIGHTNESS, maxval=BRIGHTNESS)
-    sigma = jax.random.uniform(level, maxval=NOISE)
+    factor = 1 + strength * jax.random.uniform(contrast, minval=-CONTRAST, maxval=CONTRAST)
+    offset = strength * jax.random.uniform(brightness, minval=-BRIGHTNESS, maxval=BRIGHTNESS)
+    sigma = strength * jax.random.uniform(level, maxval=NOISE)
     noisy = image + sigma * jax.random.normal(noise, image.shape)
     return jnp.clip((noisy - 0.5) * factor + 0.5 + offset, 0.0, 1.0)

@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sammix_jax.cam import CamPrompt, cam_prompt, grad_cam
+from sammix_jax.cam import CamPrompt, cam_prompt, grad_cam, grad_cam_by_gradient, plain_cam
 from sammix_jax.models.resnet import Classifier
 from sammix_jax.models.sam.sam import Sam
+from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.preprocess import to_rgb
 
 POSITIVE = 1  # the class "this slice shows the organ"
 
-FUSIONS = ("add", "none")
-MASK_CHOICES = ("argmax_iou", "single")
+FUSIONS = ("add", "concat", "none")
+MASK_CHOICES = ("argmax_iou", "index", "single")
+BOX_SOURCES = ("cam", "gt")
 DTYPES = ("float32", "bfloat16")
 # How the decoder may be prompted when a model is scored; `cam` is the headline.
 # cam     nothing but the image goes in: CAM fusion and CAM box
@@ -47,7 +49,7 @@ class Masks(NamedTuple):
 
 class SamMixOutput(NamedTuple):
     """What one forward pass gives: class logits (B, 2) of all slices, and the CAM prompt and masks
-    of the first L, which are segmented."""
+    of the first N, which are segmented."""
 
     class_logits: jax.Array
     prompt: CamPrompt
@@ -64,11 +66,15 @@ class SamMix(nn.Module):
     classifier_arch: str
     classifier_stride: int
     freeze_batch_norm: bool
+    cam_method: str
+    cam_layer: str
     cam_threshold: float
     cam_component: str
     cam_fusion: str
+    cam_soft: bool
     cam_box: bool
     mask_choice: str
+    mask_index: int
     normalisation: str
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
@@ -87,33 +93,71 @@ class SamMix(nn.Module):
             dtype=self.dtype,
             freeze_batch_norm=self.freeze_batch_norm,
         )
+        if self.cam_fusion == "concat":
+            self.fusion = nn.Dense(
+                get_variant(self.sam_variant).prompt_dim,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=_identity_beside_the_mask,
+            )
 
-    def __call__(self, images: jax.Array, labelled: int, train: bool = False) -> SamMixOutput:
-        """Classifies every slice and segments the first `labelled` of them.
+    def __call__(
+        self,
+        images: jax.Array,
+        segmented: int,
+        train: bool = False,
+        boxes: jax.Array | None = None,
+    ) -> SamMixOutput:
+        """Classifies every slice and segments the first `segmented` of them.
 
-        Only these have masks to learn from, so SAM, the larger part, runs on no other slice.
+        SAM, the larger part, runs on no other slice.
 
         Args:
           images: (B, H, W) float32 in [0, 1], windowed.
-          labelled: L, how many slices to segment.
+          segmented: N, how many slices to segment.
           train: whether BatchNorm uses the batch's statistics.
+          boxes: (P, 4) XYXY in pixels, P ≤ N: prompts of the first P slices in place of the CAM's.
         """
         class_logits, features = self.classify(images, train)
-        prompt = self.prompt(features[:labelled], images.shape[1:])
-        embeddings = self.encode(images[:labelled])
+        prompt = self.prompt(images[:segmented], features[:segmented])
+        embeddings = self.encode(images[:segmented])
+        if boxes is not None:
+            prompt = prompt._replace(box=jnp.concatenate([boxes, prompt.box[len(boxes) :]]))
         box = prompt.box if self.cam_box else None
-        masks = self.segment(embeddings, images.shape[1:], prompt.mask, box)
+        masks = self.segment(embeddings, images.shape[1:], prompt, box)
         return SamMixOutput(class_logits, prompt, masks)
 
     def classify(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """(B, H, W) → class logits (B, 2) and the last feature map (B, h, w, D)."""
         return self.classifier(to_rgb(images, self.normalisation), train)
 
-    def prompt(self, features: jax.Array, size: tuple[int, int]) -> CamPrompt:
-        """Feature map → Grad-CAM → CAM mask and box on the slice's (H, W) grid."""
-        head = self.classifier.variables["params"]["head"]["kernel"]
-        cam = grad_cam(features, head, POSITIVE)
-        return cam_prompt(cam, size, self.cam_threshold, self.cam_component)
+    def prompt(self, images: jax.Array, features: jax.Array) -> CamPrompt:
+        """CAM of the positive class → CAM mask and box on the slices' grid.
+
+        Args:
+          images: (B, H, W) as given to `classify`.
+          features: (B, h, w, D), its feature map.
+        """
+        if self.cam_layer == "last":
+            head = self.classifier.variables["params"]["head"]["kernel"]
+            method = grad_cam if self.cam_method == "grad_cam" else plain_cam
+            cam = method(features, head, POSITIVE)
+        else:
+            # Unbound, so that JAX may differentiate it here; by running statistics, under which a
+            # slice's gradient is its own.
+            classifier, variables = self.classifier.unbind()
+
+            def score(at_layer):
+                return classifier.apply(
+                    variables, at_layer, self.cam_layer, method=Classifier.logits_from
+                )
+
+            rgb = to_rgb(images, self.normalisation)
+            at_layer = classifier.apply(
+                variables, rgb, self.cam_layer, method=Classifier.features_at
+            )
+            cam = grad_cam_by_gradient(score, at_layer, POSITIVE)
+        return cam_prompt(cam, images.shape[1:], self.cam_threshold, self.cam_component)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """(B, H, W) → image embeddings (B, h, w, C)."""
@@ -125,7 +169,7 @@ class SamMix(nn.Module):
         self,
         embeddings: jax.Array,
         size: tuple[int, int],
-        cam_mask: jax.Array | None,
+        fused: CamPrompt | None,
         boxes: jax.Array | None,
     ) -> Masks:
         """Prompts the mask decoder.
@@ -133,11 +177,10 @@ class SamMix(nn.Module):
         Args:
           embeddings: (B, h, w, C) image embeddings.
           size: (H, W) of the slices.
-          cam_mask: (B, H, W) fused with the embeddings, or None.
+          fused: whose CAM is fused with the embeddings, or None for no CAM.
           boxes: (B, 4) XYXY in pixels of the slice, or None.
         """
-        if cam_mask is not None:
-            embeddings = self._fuse(embeddings, cam_mask)
+        embeddings = self._fuse(embeddings, fused)
         if boxes is not None:
             scale = self.image_size / jnp.array([size[1], size[0], size[1], size[0]], jnp.float32)
             boxes = (boxes * scale)[:, None]  # (B, P=1, 4)
@@ -150,20 +193,35 @@ class SamMix(nn.Module):
         candidates = jax.image.resize(
             logits.astype(jnp.float32), (*logits.shape[:2], *size), "linear", antialias=False
         )  # (B, M, H, W)
-        best = jnp.argmax(iou, axis=1)[:, None, None, None]
-        final = jnp.take_along_axis(candidates, best, axis=1)[:, 0]  # (B, H, W)
+        if self.mask_choice == "index":
+            final = candidates[:, self.mask_index]  # (B, H, W)
+        else:
+            best = jnp.argmax(iou, axis=1)[:, None, None, None]
+            final = jnp.take_along_axis(candidates, best, axis=1)[:, 0]  # (B, H, W)
         return Masks(final, candidates, iou.astype(jnp.float32))
 
-    def _fuse(self, embeddings: jax.Array, cam_mask: jax.Array) -> jax.Array:
+    def _fuse(self, embeddings: jax.Array, fused: CamPrompt | None) -> jax.Array:
         """⊕ of the figure: the CAM mask, averaged onto the grid, is added to every channel."""
-        if self.cam_fusion == "none":
+        if self.cam_fusion == "none" or (fused is None and self.cam_fusion == "add"):
             return embeddings
-        rows, columns = (
-            _area_weights(target, source)
-            for target, source in zip(embeddings.shape[1:3], cam_mask.shape[1:], strict=True)
-        )
-        mask = jnp.einsum("hH,bHW,wW->bhw", rows, cam_mask.astype(jnp.float32), columns)
-        return embeddings + mask[..., None].astype(embeddings.dtype)
+        if fused is None:  # the projection has learned to stand between encoder and decoder
+            grid = jnp.zeros((*embeddings.shape[:3], 1), embeddings.dtype)
+        else:
+            cam = fused.cam if self.cam_soft else fused.mask.astype(jnp.float32)
+            rows, columns = (
+                _area_weights(target, source)
+                for target, source in zip(embeddings.shape[1:3], cam.shape[1:], strict=True)
+            )
+            grid = jnp.einsum("hH,bHW,wW->bhw", rows, cam, columns)
+            grid = grid[..., None].astype(embeddings.dtype)  # (B, h, w, 1)
+        if self.cam_fusion == "add":
+            return embeddings + grid
+        return self.fusion(jnp.concatenate([embeddings, grid], axis=-1))
+
+
+def _identity_beside_the_mask(key, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+    """(C + 1, C): every channel passes through, and the mask has no say yet."""
+    return jnp.eye(*shape, dtype=dtype)
 
 
 def _area_weights(target: int, source: int) -> np.ndarray:
@@ -184,11 +242,15 @@ def sam_mix(config) -> SamMix:
         classifier_arch=config.model.classifier,
         classifier_stride=config.model.classifier_stride,
         freeze_batch_norm=config.model.freeze_batch_norm,
+        cam_method=config.cam.method,
+        cam_layer=config.cam.layer,
         cam_threshold=config.cam.threshold,
         cam_component=config.cam.component,
         cam_fusion=config.cam.fusion,
+        cam_soft=config.cam.soft,
         cam_box=config.cam.box,
         mask_choice=config.model.mask_choice,
+        mask_index=config.model.mask_index,
         normalisation=config.input.normalise,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,

@@ -53,7 +53,10 @@ def train(config, workdir, store: SliceStore) -> bool:
             "could not be scored; choose another, as in --config.evaluate.part=train."
         )
     taken = set(labelled)
-    others = tuple(s for scan in split.train for s in store.slices(scan) if s not in taken)
+    scans = split.train
+    if config.consistency.weight > 0:  # a teacher learns nothing from labels, so it needs none
+        scans += tuple(name for name, record in store.records.items() if not record.has_label)
+    others = tuple(s for scan in scans for s in store.slices(scan) if s not in taken)
     sizes = (config.train.batch_labelled, config.train.batch_unlabelled)
     batches = Batches(store, tuple(labelled), others, sizes, config.seed)
     steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
@@ -76,10 +79,11 @@ def train(config, workdir, store: SliceStore) -> bool:
         # Data, model and weights are sound: from here on the workdir belongs to this run.
         claim_workdir(config, workdir)
         keep(split, labelled, store, workdir)
+        checkpoints.save_preprocessing(config)
         checkpoints.save_frozen(state)
         start = int(state.step)
         _LOG.info(
-            "training from step %d to %d: %d labelled slices, %d with an image-level label alone, "
+            "training from step %d to %d: %d labelled slices, %d without a mask, "
             "%s trained of %s parameters, on %d %s device(s)",
             start,
             steps,
@@ -142,7 +146,7 @@ def validate(predict, state: TrainState, store: SliceStore, split: Split, config
         hu = np.stack([store.hu(s) for s in slices])
         predicted = predict_slices(predict, state.variables, hu, None, config.evaluate.batch)
         truth = np.stack([store.mask(s) for s in slices]) > 0
-        present = np.array([store.organ_present(s) for s in slices])
+        present = np.array([store.image_label(s) == 1 for s in slices])
         mask = predicted.logits["cam"] > 0
         if truth.any() or mask.any():  # else there is nothing to score
             volume_dice.append(dice(truth, mask))

@@ -7,8 +7,10 @@ import optax
 from flax import traverse_util
 
 from sammix_jax import losses
+from sammix_jax.cam import central_box, mask_to_box
+from sammix_jax.consistency import follow, pseudo_masks, ramp
 from sammix_jax.optim import merge_params, split_params
-from sammix_jax.preprocess import augment, window
+from sammix_jax.preprocess import distort, move, scale_slices
 from sammix_jax.sam_mix import SamMix, SamMixOutput
 from sammix_jax.weights import fill, load_weights
 
@@ -19,7 +21,7 @@ CLASSIFICATION_LOSSES = {"cross_entropy": losses.cross_entropy, "focal": losses.
 class TrainState:
     """All that a step reads and writes.
 
-    Gradients and moments cover `trainable` alone. Both parameter dicts are flat, path → array.
+    Gradients and moments cover `trainable` alone. Parameter dicts are flat, path → array.
     """
 
     step: jax.Array  # () int32
@@ -27,6 +29,7 @@ class TrainState:
     frozen: dict
     batch_stats: dict
     opt_state: optax.OptState
+    teacher: dict  # moving average of `trainable`; empty where nobody is taught
 
     @property
     def variables(self) -> dict:
@@ -42,7 +45,7 @@ def make_init(model: SamMix, optimiser: optax.GradientTransformation, config):
 
     def init() -> TrainState:
         images = jnp.zeros((1, config.data.size, config.data.size))
-        variables = model.init(jax.random.key(config.seed), images, labelled=1)
+        variables = model.init(jax.random.key(config.seed), images, segmented=1)
         trainable, frozen = split_params(variables["params"], config.train.trainable)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -50,6 +53,8 @@ def make_init(model: SamMix, optimiser: optax.GradientTransformation, config):
             frozen=frozen,
             batch_stats=variables["batch_stats"],
             opt_state=optimiser.init(trainable),
+            # Copies: the step donates its state, and one buffer cannot be given away twice.
+            teacher=jax.tree.map(jnp.copy, trainable) if config.consistency.weight > 0 else {},
         )
 
     return init
@@ -83,6 +88,7 @@ def load_pretrained(state: TrainState, config) -> TrainState:
 
     return state.replace(
         trainable=replaced(state.trainable),
+        teacher=replaced(state.teacher),
         frozen=replaced(state.frozen),
         batch_stats=traverse_util.unflatten_dict(replaced(stats), sep="/"),
     )
@@ -93,23 +99,48 @@ def make_train_step(model: SamMix, optimiser: optax.GradientTransformation, conf
 
     Randomness is a function of (seed, step), so a resumed run repeats an uninterrupted one.
     """
+    taught = config.consistency.weight > 0
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        images = window(batch["hu"], config.input.window)  # (B, H, W)
         masks = batch["mask"].astype(jnp.float32)  # (L, H, W)
-        if config.train.augment:
-            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-            images, masks = augment(images, masks, key)
+        labelled = len(masks)
+        weak, strong, masks = _views(scale_slices(batch["hu"], config.input), masks, state, config)
+        boxes = _true_boxes(masks) if config.train.box == "gt" else None
+        if taught:
+            teacher = model.apply(
+                state.replace(trainable=state.teacher).variables,
+                weak[labelled:],
+                segmented=len(weak) - labelled,
+            )
+            pseudo = pseudo_masks(
+                teacher.masks.logits, batch["image_label"][labelled:], config.consistency.confidence
+            )
 
         def loss_fn(trainable):
             output, updates = model.apply(
                 state.replace(trainable=trainable).variables,
-                images,
-                labelled=len(masks),
+                strong,
+                segmented=len(strong) if taught else labelled,
                 train=True,
+                boxes=boxes,
                 mutable=["batch_stats"],
             )
-            loss, metrics = sam_mix_loss(output, masks, batch["organ_present"], config.loss)
+            segments = state.step >= config.train.classifier_warmup_steps
+            loss, metrics = sam_mix_loss(
+                output, masks, batch["image_label"], config.loss, segments.astype(jnp.float32)
+            )
+            if taught:
+                consistency = mask_loss(
+                    output.masks.logits[labelled:], pseudo.target, config.loss, pseudo.valid
+                )
+                start, length = config.consistency.start_step, config.consistency.ramp_steps
+                grown = ramp(state.step, start, length) * config.consistency.weight
+                loss += grown * consistency
+                metrics |= {
+                    "loss": loss,
+                    "consistency_loss": consistency,
+                    "confident_pixels": jnp.mean(pseudo.valid.astype(jnp.float32)),
+                }
             return loss, (metrics, updates["batch_stats"])
 
         gradient = jax.grad(loss_fn, has_aux=True)
@@ -123,42 +154,88 @@ def make_train_step(model: SamMix, optimiser: optax.GradientTransformation, conf
             trainable=trainable,
             batch_stats=batch_stats,
             opt_state=opt_state,
+            teacher=(
+                follow(state.teacher, trainable, state.step, config.consistency.ema)
+                if taught
+                else state.teacher
+            ),
         )
         return new_state, metrics
 
     return train_step
 
 
+def _views(images: jax.Array, masks: jax.Array, state: TrainState, config):
+    """Weak and strong views of (B, H, W) in register, and the masks (L, H, W) that go with them.
+
+    Only the teacher looks at weak views. Slices that it teaches are distorted twice as much.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    if config.train.augment:
+        images, masks = move(images, masks, key)
+    strong = distort(images, key) if config.train.augment else images
+    if config.consistency.weight > 0:
+        labelled = len(masks)
+        strong = jnp.concatenate([strong[:labelled], distort(images[labelled:], key, strength=2.0)])
+    return images, strong, masks
+
+
+def _true_boxes(masks: jax.Array) -> jax.Array:
+    """(L, H, W) → (L, 4) XYXY; the central box where augmentation left nothing of the organ."""
+    boxes, empty = mask_to_box(masks > 0.5)
+    return jnp.where(empty[:, None], central_box(*masks.shape[1:]), boxes)
+
+
+def mask_loss(
+    logits: jax.Array, target: jax.Array, weights, valid: jax.Array | None = None
+) -> jax.Array:
+    """Dice, and cross-entropy beside it where `weights` (`config.loss`) has it.
+
+    Args:
+      logits, target: (N, H, W).
+      weights: `config.loss`.
+      valid: (N, H, W) bool, pixels that count; None counts all.
+    """
+    loss = losses.dice_loss(logits, target, smooth=weights.dice_smooth, valid=valid)
+    if weights.bce:
+        loss += weights.bce * losses.bce_loss(logits, target, valid=valid)
+    return loss
+
+
 def sam_mix_loss(
-    output: SamMixOutput, masks: jax.Array, organ_present: jax.Array, weights
+    output: SamMixOutput,
+    masks: jax.Array,
+    image_label: jax.Array,
+    weights,
+    segmentation_share: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The multitask loss: classification of every slice, segmentation of the labelled ones.
 
     Args:
-      output: of B slices, the first L segmented.
+      output: of B slices, the first L or more segmented.
       masks: (L, H, W) in {0, 1}.
-      organ_present: (B,) int32 in {0, 1}.
+      image_label: (B,) int32: 1 the slice shows the organ, 0 it does not, -1 unknown and left out.
       weights: `config.loss`.
+      segmentation_share: by which its weight is multiplied.
 
     Returns:
       The loss, and its parts by name; scalars.
     """
+    known = (image_label >= 0).astype(jnp.float32)
     classify = CLASSIFICATION_LOSSES[weights.classifier]
-    classification = classify(output.class_logits, organ_present)
-    dice = losses.dice_loss(output.masks.logits, masks, smooth=weights.dice_smooth)
-    segmentation = dice
-    if weights.bce:
-        segmentation += weights.bce * losses.bce_loss(output.masks.logits, masks)
+    classification = classify(output.class_logits, jnp.maximum(image_label, 0), weights=known)
+    logits, candidates, iou = jax.tree.map(lambda leaf: leaf[: len(masks)], output.masks)
+    segmentation = mask_loss(logits, masks, weights)
     if weights.iou:
-        candidates = output.masks.candidates  # (L, M, H, W)
-        truth = jnp.broadcast_to(masks[:, None], candidates.shape)
-        segmentation += weights.iou * losses.iou_loss(output.masks.iou, candidates, truth)
-    loss = weights.classification * classification + weights.segmentation * segmentation
-    predicted = jnp.argmax(output.class_logits, axis=-1)
+        truth = jnp.broadcast_to(masks[:, None], candidates.shape)  # (L, M, H, W)
+        segmentation += weights.iou * losses.iou_loss(iou, candidates, truth)
+    segmentation_weight = weights.segmentation * segmentation_share
+    loss = weights.classification * classification + segmentation_weight * segmentation
+    correct = jnp.argmax(output.class_logits, axis=-1) == image_label
     return loss, {
         "loss": loss,
         "classification_loss": classification,
-        "dice_loss": dice,
-        "accuracy": jnp.mean((predicted == organ_present).astype(jnp.float32)),
+        "dice_loss": losses.dice_loss(logits, masks, smooth=weights.dice_smooth),
+        "accuracy": (correct * known).sum() / jnp.maximum(known.sum(), 1),
         "empty_cams": jnp.mean(output.prompt.empty.astype(jnp.float32)),
     }

@@ -17,8 +17,8 @@ LAYERS = [
     {"checkpoint"},
     {"train_step"},
     {"sam_mix"},
-    {"preprocess", "optim", "sharding", "config", "weights"},
-    {"cam", "losses", "metrics", "models", "data"},
+    {"preprocess", "optim", "sharding", "config", "presets", "weights"},
+    {"cam", "losses", "consistency", "metrics", "intervals", "models", "data"},
     {"errors"},
 ]
 RANK = {name: rank for rank, layer in enumerate(reversed(LAYERS)) for name in layer}

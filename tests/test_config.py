@@ -5,10 +5,12 @@ import pathlib
 
 import pytest
 
+from configs import lits, totalsegmentator
 from sammix_jax.config import claim_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.errors import UserError
-from sammix_jax.sam_mix import sam_mix
+from sammix_jax.presets import apply_preset
+from sammix_jax.sam_mix import PROTOCOLS, sam_mix
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
 
@@ -17,8 +19,63 @@ CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs")
 def test_every_config_describes_a_model(name):
     module = importlib.import_module(f"configs.{name}")
     assert "Command" in module.__doc__
-    check_config(module.get_config())
-    sam_mix(module.get_config())
+    config = default_config()
+    config.update(module.get_config())  # one that only says how to evaluate leaves the rest open
+    check_config(config)
+    sam_mix(config)
+
+
+def test_totalsegmentator_says_only_how_to_evaluate():
+    config = totalsegmentator.get_config()
+    assert set(config) == {"evaluate"} and config.evaluate.scans == 20
+    assert config.evaluate.protocols == PROTOCOLS
+
+
+def test_the_papers_run_takes_a_preset():
+    from_paper, standard = lits.get_config(), lits.get_config("standard")
+    for config in (from_paper, standard):
+        check_config(config)
+    assert from_paper.data.size == 256 and from_paper.data.split == (91, 13, 27)
+    assert from_paper.data.central_fraction == 0.3
+    assert (from_paper.data.resize, from_paper.input.scaling) == ("paper", "paper")
+    assert (standard.data.resize, standard.input.scaling) == ("fit", "window")
+    assert standard.data.central_fraction == 1.0
+    with pytest.raises(UserError, match="no preset 'papr': expected one of paper, standard"):
+        lits.get_config("papr")
+
+
+def test_a_preset_leaves_nothing_of_another():
+    config = default_config()
+    apply_preset(config, "paper")
+    apply_preset(config, "standard")
+    config.data.size = default_config().data.size
+    assert config.to_dict() == default_config().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data.resize", "stretch"),
+        ("input.window", (-100.0, 200.0)),
+        ("input.normalise", "sam"),
+        ("train.augment", True),
+        ("consistency.weight", 0.5),
+    ],
+)
+def test_what_the_papers_scaling_does_not_fit(field, value):
+    config = lits.get_config("paper")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=rf"{field}=.*where input\.scaling=paper"):
+        check_config(config)
+
+
+def test_the_papers_resize_clips_to_its_window():
+    config = default_config()
+    config.data.resize = "paper"
+    check_config(config)
+    config.input.window = (-200.0, 240.0)
+    with pytest.raises(UserError, match=r"input\.window=.*within \(-160, 240\)"):
+        check_config(config)
 
 
 def test_a_workdir_belongs_to_one_config(config, tmp_path):

@@ -25,7 +25,7 @@ def test_the_papers_step_is_sound_in_shape():
     batch = {
         "hu": jax.ShapeDtypeStruct((2, size, size), np.int16),
         "mask": jax.ShapeDtypeStruct((1, size, size), np.uint8),
-        "organ_present": jax.ShapeDtypeStruct((2,), np.int32),
+        "image_label": jax.ShapeDtypeStruct((2,), np.int32),
     }
     after, metrics = jax.eval_shape(make_train_step(model, optimiser, config), state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

@@ -106,6 +106,53 @@ def test_mistakes_are_named_without_a_traceback(trained, arguments, message):
     assert "Traceback" not in made.stderr
 
 
+CROSS_DOMAIN = "--config=configs/totalsegmentator.py"
+
+
+def test_a_config_of_the_evaluation_alone_takes_the_rest_from_the_workdir(trained, tmp_path):
+    folder, _ = trained
+    for mask in folder.glob("phantom-*/segmentation-*.nii.gz"):
+        case = tmp_path / "cases" / mask.name.removesuffix(".nii.gz").replace("segmentation-", "s")
+        (case / "segmentations").mkdir(parents=True)
+        (case / "ct.nii.gz").symlink_to(mask.with_name(mask.name.replace("segmentation", "volume")))
+        image = nib.load(mask)
+        organ = (np.asarray(image.dataobj) > 0).astype(np.uint8)
+        nib.save(nib.Nifti1Image(organ, image.affine), case / "segmentations" / "liver.nii.gz")
+    done = run("--mode=evaluate", CROSS_DOMAIN, f"--config.evaluate.root={tmp_path / 'cases'}",
+               "--config.evaluate.scans=2", f"--workdir={folder}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    words = [line.split()[0] for line in done.stdout.splitlines() if line]
+    assert [word for word in words if word in PROTOCOLS] == list(PROTOCOLS)
+
+
+def test_a_config_of_the_evaluation_alone_makes_no_run(tmp_path):
+    for mode in ("train", "prepare"):
+        made = run(f"--mode={mode}", CROSS_DOMAIN, f"--workdir={tmp_path}")
+        assert made.returncode == 1 and "Traceback" not in made.stderr
+        assert "totalsegmentator.py: says nothing of cam, checkpoint" in made.stderr
+        assert "--mode=evaluate" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.model = {'image_size': 128}", "made with model.image_size=64 (now 128)"),
+        ("config.evaluate.scens = 3", "scens"),
+        ("config.data = {'size': 'large'}", "large"),
+    ],
+)
+def test_a_config_that_says_more_must_agree_with_the_workdir(trained, tmp_path, line, message):
+    folder, _ = trained
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import totalsegmentator\n\ndef get_config():\n"
+        f"    config = totalsegmentator.get_config().unlock()\n    {line}\n    return config\n"
+    )
+    made = run("--mode=evaluate", f"--config={path}", f"--workdir={folder}")
+    assert made.returncode == 1 and message in made.stderr, made.stderr
+    assert "Traceback" not in made.stderr
+
+
 def test_bad_scan_is_named(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "volume-0.nii")
     made = run("--mode=prepare", "--config=configs/lits.py", f"--config.data.root={tmp_path}",

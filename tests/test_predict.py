@@ -1,5 +1,7 @@
 """A scan in, a mask on the same grid out, whatever the orientation."""
 
+import shutil
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -110,3 +112,20 @@ def test_refusals(tmp_path, workdir, config, scan):
         predict(config, workdir, tmp_path / "nothing.nii.gz", tmp_path / "mask.nii.gz")
     with pytest.raises(UserError, match="no checkpoint there"):
         predict(config, tmp_path / "fresh", path, tmp_path / "mask.nii.gz")
+
+
+def test_the_checkpoint_knows_how_its_input_was_made(tmp_path, workdir, config, scan):
+    """Also where config.json was changed or lost: weights and window belong together."""
+    path, mask = tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz"
+    nib.save(scan, path)
+    config.input.window = (-100.0, 200.0)
+    config.input.normalise = "minmax"
+    with pytest.raises(UserError) as error:
+        predict(config, workdir, path, mask)
+    assert "input.window=[-160.0, 240.0] (now [-100.0, 200.0])" in str(error.value)
+    assert "input.normalise=unit (now minmax)" in str(error.value)
+
+    shutil.copytree(workdir / "checkpoints", tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints" / "preprocessing.json").unlink()
+    with pytest.raises(UserError, match="copy the whole checkpoints folder"):
+        predict(load_config(workdir), tmp_path / "run", path, mask)

@@ -1,16 +1,23 @@
 """The slice store: right, resumable, and never half-written."""
 
 import json
+import math
 import os
 
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from sammix_jax import prepare as prepare_module
+from sammix_jax.data import paper, phantom
+from sammix_jax.data.geometry import RESIZES
 from sammix_jax.data.slices import SliceId, SliceStore
+from sammix_jax.data.volumes import read_volume
 from sammix_jax.errors import UserError
-from sammix_jax.prepare import central_slices, prepare
+from sammix_jax.inference import SlicePredictions, predict_volume
+from sammix_jax.prepare import kept_slices, prepare
+from sammix_jax.presets import apply_preset
 
 AFFINE = np.diag([3.0, 3.0, 5.0, 1.0])  # RAS
 
@@ -45,7 +52,7 @@ def test_store_holds_what_the_scans_hold(config, tmp_path):
     assert record.shape == (6, 30, 40) and record.spacing == (5.0, 3.0, 3.0)
     assert record.axcodes == "RAS" and record.affine == tuple(map(tuple, AFFINE.tolist()))
     assert record.organ_pixels == (0, 0, 150, 150, 0, 0)
-    assert [store.organ_present(s) for s in store.slices("volume-0")] == [
+    assert [store.image_label(s) == 1 for s in store.slices("volume-0")] == [
         False, False, True, True, False, False,
     ]  # fmt: skip
     assert [r.has_label for r in store.records.values()] == [True, True, False]
@@ -167,10 +174,124 @@ def test_a_moved_data_set_is_found_again(config, lits, tmp_path):
     assert store.records["volume-0"].image == str(moved / "volume-0.nii.gz")
 
 
-def test_central_slices_are_the_papers():
-    # m = 49.5: ceil(34.65) = 35 to floor(64.35) = 64, the end left out.
-    assert central_slices(100, 0.3) == range(35, 64)
-    assert central_slices(7, 1.0) == range(7)
+@pytest.mark.parametrize(
+    ("depth", "fraction", "slice_range", "kept"),
+    [
+        (100, 0.3, (0.0, 1.0), range(35, 64)),  # the authors'
+        (7, 1.0, (0.0, 1.0), range(7)),
+        (10, 1.0, (0.25, 0.75), range(2, 8)),  # 2.5 to 7.5: slices 2 and 7 are in it by half
+        (100, 1.0, (0.29, 0.55), range(29, 55)),  # as floats 28.999… and 55.00…01
+        (3, 1.0, (0.9, 1.0), range(2, 3)),
+    ],
+)
+def test_kept_slices(depth, fraction, slice_range, kept):
+    assert kept_slices(depth, fraction, slice_range) == kept
+
+
+def test_a_part_of_the_height_is_counted_from_the_feet(config, tmp_path):
+    config.data.slice_range = (0.5, 1.0)
+    store = prepare(config, tmp_path / "run")
+    record = store.records["volume-0"]
+    assert record.slices == (3, 4, 5) and record.organ_pixels == (150, 0, 0)
+    config.data.slice_range = (0.0, 0.5)
+    with pytest.raises(UserError, match=r"data\.slice_range=\[0\.5, 1\.0\] \(now \[0\.0, 0\.5\]\)"):
+        prepare(config, tmp_path / "run")
+
+
+def authors_slices(image_file, label_file):
+    """The authors' float16 slices and masks of one scan, written out from their description."""
+    canonical = [
+        np.asarray(nib.as_closest_canonical(nib.load(f)).dataobj)[::-1, ::-1].transpose(2, 1, 0)
+        for f in (image_file, label_file)
+    ]
+    middle = (len(canonical[0]) - 1) / 2
+    central = slice(math.ceil(middle - 0.3 * middle), math.floor(middle + 0.3 * middle))
+    images, masks = [], []
+    for hu, labels in zip(*(volume[central] for volume in canonical), strict=True):
+        clipped = np.clip(hu, -160, 240).astype(np.int16)
+        image = Image.fromarray(clipped).resize((256, 256), resample=Image.BILINEAR)
+        mask = Image.fromarray(labels.astype(np.uint8)).resize((256, 256), resample=Image.NEAREST)
+        images.append((np.array(image).astype(np.float16) + 3055) / 8866)
+        masks.append(np.array(mask) > 0)
+    return np.stack(images), np.stack(masks)
+
+
+def test_a_store_of_the_paper_preset_is_the_authors_to_the_bit(config, tmp_path):
+    apply_preset(config, "paper")
+    config.data.root = str(tmp_path / "phantom")
+    phantom.write_lits(tmp_path / "phantom", 2, seed=3)
+    store = prepare(config, tmp_path / "run")
+    for name in store.records:
+        files = (
+            tmp_path / "phantom" / f"{n}.nii.gz"
+            for n in (name, name.replace("volume", "segmentation"))
+        )
+        images, masks = authors_slices(*files)
+        slices = store.slices(name)
+        assert len(slices) == len(images) > 0 and masks.any()
+        stored = paper.scale(np.stack([store.hu(s) for s in slices]))
+        np.testing.assert_array_equal(stored.view(np.uint16), images.view(np.uint16))
+        np.testing.assert_array_equal(np.stack([store.mask(s) for s in slices]) > 0, masks)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_prediction_sees_what_the_store_holds(config, lits, tmp_path, resize):
+    config.data.resize = resize
+    store = prepare(config, tmp_path / "run")
+
+    def predict(variables, hu, truth):
+        """No model: right of the middle is organ."""
+        logits = np.broadcast_to(np.arange(64) - 31.5, hu.shape).astype(np.float32)
+        nothing = np.zeros(len(hu))
+        return SlicePredictions(nothing, logits, nothing, nothing, {"cam": logits})
+
+    volume = read_volume(lits / "volume-0.nii.gz")
+    predicted = predict_volume(predict, {}, volume, None, config)
+    stored = np.stack([store.hu(s) for s in store.slices("volume-0")])
+    np.testing.assert_array_equal(predicted.hu, stored)
+    mask = predicted.masks["cam"]
+    assert mask.shape == volume.hu.shape
+    assert mask[:, :, 20:].all() and not mask[:, :, :20].any()
+
+
+def test_an_organ_that_vanishes_in_the_resize_is_still_told(config, lits, tmp_path):
+    """One pixel of 512 × 512 between those that nearest neighbour takes."""
+    hu = np.random.default_rng(0).normal(0, 50, (512, 512, 5)).astype(np.int16)
+    mask = np.zeros(hu.shape, np.uint8)
+    mask[200, 300, 2] = 1
+    nib.save(nib.Nifti1Image(hu, AFFINE), lits / "volume-0.nii.gz")
+    nib.save(nib.Nifti1Image(mask, AFFINE), lits / "segmentation-0.nii.gz")
+    config.data.size, config.data.resize = 128, "paper"
+    store = prepare(config, tmp_path / "run")
+    slices = store.slices("volume-0")
+    assert not any(store.mask(s).any() for s in slices)
+    assert [store.image_label(s) for s in slices] == [0, 0, 1, 0, 0]
+
+
+def test_files_pair_by_number(config, lits, tmp_path):
+    """Number 10 comes before 2 in a directory that is sorted by name."""
+    for n, column in ((2, 5), (10, 30)):
+        mask = np.zeros((40, 30, 6), np.uint8)
+        mask[column, 10:20, 1] = 1
+        volume = np.full(mask.shape, -1000, np.int16)
+        volume[column] = 100
+        nib.save(nib.Nifti1Image(mask, AFFINE), lits / f"segmentation-{n}.nii.gz")
+        nib.save(nib.Nifti1Image(volume, AFFINE), lits / f"volume-{n}.nii.gz")
+    store = prepare(config, tmp_path / "run")
+    for name in ("volume-2", "volume-10"):
+        shown = store.slices(name)[1]
+        assert store.mask(shown).any()
+        assert (store.hu(shown)[store.mask(shown) > 0] > -500).all()
+
+
+def test_a_half_store_of_another_version_is_made_anew(config, tmp_path):
+    store = prepare(config, tmp_path / "run").root
+    (store / "manifest.json").unlink()
+    path = store / "scans" / "volume-1" / "scan.json"
+    fields = json.loads(path.read_text())
+    fields["fingerprint"], fields["geometry"] = "of an older version", {"side": 64}
+    path.write_text(json.dumps(fields))
+    assert len(prepare(config, tmp_path / "run").records) == 3
 
 
 def test_no_root_and_no_phantom(config, tmp_path):

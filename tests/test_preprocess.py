@@ -2,16 +2,50 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
+from sammix_jax.data import paper
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
-from sammix_jax.preprocess import augment, to_rgb, window
+from sammix_jax.preprocess import distort, move, scale_slices, to_rgb, window
 
 
 def test_window():
     hu = jnp.array([-1000, -160, 40, 240, 3000], jnp.int16)
     np.testing.assert_allclose(window(hu, (-160.0, 240.0)), [0, 0, 0.5, 1, 1])
+
+
+def inputs(scaling, window=(-160.0, 240.0)):
+    return ml_collections.ConfigDict({"scaling": scaling, "window": window})
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_device_sees_the_authors_bits(compiled):
+    scale = jax.jit(scale_slices, static_argnums=1) if compiled else scale_slices
+    config = ml_collections.FrozenConfigDict(inputs("paper"))
+    hu = np.random.default_rng(0).permutation(np.arange(-160, 241)).reshape(1, 401, 1)
+    values = np.asarray(scale(jnp.asarray(hu, jnp.int16), config))
+    assert values.dtype == np.float32 and values.shape == hu.shape
+    authors = (hu.astype(np.float16) + 3055) / 8866
+    assert authors.dtype == np.float16
+    np.testing.assert_array_equal(
+        values.view(np.uint32), authors.astype(np.float32).view(np.uint32)
+    )
+
+
+def test_hu_beyond_the_window_scale_as_its_ends():
+    hu = jnp.array([[[-32768, -1024, 241, 32767]]], jnp.int16)
+    low, high = paper.LEVELS[[0, -1]].astype(np.float32)
+    np.testing.assert_array_equal(scale_slices(hu, inputs("paper")), [[[low, low, high, high]]])
+
+
+def test_scaling_by_the_window():
+    hu = jnp.array([[[-100, 0, 50, 100]]], jnp.int16)
+    scaled = scale_slices(hu, inputs("window", (0.0, 100.0)))
+    np.testing.assert_array_equal(scaled, [[[0.0, 0.0, 0.5, 1.0]]])
+    with pytest.raises(ValueError, match=r"input\.scaling='none'"):
+        scale_slices(hu, inputs("none"))
 
 
 def test_normalisations():
@@ -36,23 +70,30 @@ def squares(count=4, size=48):
 def test_masks_move_with_their_images():
     images = squares() * 0.6 + 0.2
     masks = squares()[:3]
-    moved, moved_masks = augment(images, masks, jax.random.key(0))
+    moved, moved_masks = move(images, masks, jax.random.key(0))
     assert moved.shape == images.shape and moved_masks.shape == masks.shape
     assert set(np.unique(moved_masks)) == {0, 1}
     for image, mask, before in zip(moved, moved_masks, masks, strict=False):
         inside, outside = float(image[mask > 0].mean()), float(image[mask == 0].mean())
-        assert inside > outside + 0.3  # in register, whatever contrast was drawn
+        assert inside > outside + 0.5  # in register
         assert float(jnp.abs(mask - before).sum()) > 10  # and not where it was
 
 
 def test_augmentation_is_a_function_of_the_key():
     images, masks = squares(), squares()[:2]
-    a, b, c = (augment(images, masks, jax.random.key(k))[0] for k in (0, 0, 1))
-    np.testing.assert_array_equal(a, b)
-    assert float(jnp.abs(a - c).max()) > 0.1
-    assert float(jnp.abs(a[0] - a[1]).max()) > 0.1  # one draw per slice
+    for change in (lambda key: move(images, masks, key)[0], lambda key: distort(images, key)):
+        a, b, c = (change(jax.random.key(k)) for k in (0, 0, 1))
+        np.testing.assert_array_equal(a, b)
+        assert float(jnp.abs(a - c).max()) > 0.1
+        assert float(jnp.abs(a[0] - a[1]).max()) > 0.1  # one draw per slice
 
 
-def test_augmented_images_stay_in_range():
-    moved, _ = augment(squares(8), squares(8), jax.random.key(3))
-    assert float(moved.min()) >= 0 and float(moved.max()) <= 1
+def test_distortion_stays_in_range_and_moves_nothing():
+    images = squares(8) * 0.4 + 0.3
+    for strength in (1.0, 2.0):
+        distorted = distort(images, jax.random.key(3), strength)
+        assert float(distorted.min()) >= 0 and float(distorted.max()) <= 1
+        inside, outside = distorted[:, 16:28, 20:38], distorted[:, :12]
+        assert float(inside.mean(axis=(1, 2)).min() - outside.mean(axis=(1, 2)).max()) > 0
+    changes = [jnp.abs(distort(images, jax.random.key(3), s) - images).mean() for s in (1.0, 2.0)]
+    assert changes[1] > 1.5 * changes[0]

@@ -15,12 +15,12 @@ def images():
 
 def build(config, images):
     model = sam_mix(config)
-    return model, jax.jit(lambda: model.init(jax.random.key(1), images, labelled=2))()
+    return model, jax.jit(lambda: model.init(jax.random.key(1), images, segmented=2))()
 
 
 def test_outputs(config, images):
     model, variables = build(config, images)
-    output = model.apply(variables, images, labelled=2)
+    output = model.apply(variables, images, segmented=2)
     assert output.class_logits.shape == (3, 2)
     assert output.prompt.mask.shape == (2, 64, 64) and output.prompt.box.shape == (2, 4)
     assert output.masks.logits.shape == (2, 64, 64)
@@ -29,7 +29,7 @@ def test_outputs(config, images):
 
 def test_final_mask_is_the_one_of_highest_predicted_iou(config, images):
     model, variables = build(config, images)
-    masks = model.apply(variables, images, labelled=3).masks
+    masks = model.apply(variables, images, segmented=3).masks
     for b in range(3):
         best = int(masks.iou[b].argmax())
         np.testing.assert_array_equal(masks.logits[b], masks.candidates[b, best])
@@ -38,7 +38,7 @@ def test_final_mask_is_the_one_of_highest_predicted_iou(config, images):
 def test_single_mask(config, images):
     config.model.mask_choice = "single"
     model, variables = build(config, images)
-    assert model.apply(variables, images, labelled=1).masks.candidates.shape == (1, 1, 64, 64)
+    assert model.apply(variables, images, segmented=1).masks.candidates.shape == (1, 1, 64, 64)
 
 
 def test_no_gradient_flows_through_the_cam(config, images):
@@ -46,7 +46,7 @@ def test_no_gradient_flows_through_the_cam(config, images):
     model, variables = build(config, images)
 
     def loss(params):
-        masks = model.apply(variables | {"params": params}, images, labelled=2).masks
+        masks = model.apply(variables | {"params": params}, images, segmented=2).masks
         return (masks.logits**2).mean()
 
     grads = jax.jit(jax.grad(loss))(variables["params"])
@@ -61,8 +61,8 @@ def test_no_gradient_flows_through_the_cam(config, images):
 def test_fusion_and_box_reach_the_mask(config, images, field, value):
     model, variables = build(config, images)
     config.cam[field] = value
-    other = sam_mix(config).apply(variables, images, labelled=2)
-    here = model.apply(variables, images, labelled=2)
+    other = sam_mix(config).apply(variables, images, segmented=2)
+    here = model.apply(variables, images, segmented=2)
     assert float(jnp.abs(here.masks.logits - other.masks.logits).max()) > 1e-3
     np.testing.assert_array_equal(here.prompt.mask, other.prompt.mask)
 
@@ -93,8 +93,8 @@ def test_area_weights_average():
 def test_unlabelled_slices_do_not_change_the_masks(config, images):
     """Outside of training, a slice's mask depends on that slice alone."""
     model, variables = build(config, images)
-    together = model.apply(variables, images, labelled=1).masks.logits
-    alone = model.apply(variables, images[:1], labelled=1).masks.logits
+    together = model.apply(variables, images, segmented=1).masks.logits
+    alone = model.apply(variables, images[:1], segmented=1).masks.logits
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 

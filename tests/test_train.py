@@ -82,7 +82,7 @@ def noise_batch():
     return {
         "hu": np.random.default_rng(0).normal(0, 100, (4, 64, 64)).astype(np.int16),
         "mask": masks,
-        "organ_present": np.array([1, 1, 1, 0], np.int32),
+        "image_label": np.array([1, 1, 1, 0], np.int32),
     }
 
 
@@ -175,7 +175,7 @@ def test_a_frozen_batch_norm_stays(config):
     batch = {
         "hu": np.random.default_rng(0).normal(0, 100, (2, 64, 64)).astype(np.int16),
         "mask": np.ones((1, 64, 64), np.uint8),
-        "organ_present": np.array([1, 0], np.int32),
+        "image_label": np.array([1, 0], np.int32),
     }
     after, _ = jax.jit(make_train_step(model, optimiser, config))(state, batch)
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, after.batch_stats)

@@ -20,7 +20,7 @@ class Batches:
 
     Attributes:
       labelled: slices with masks (the k labelled slices).
-      unlabelled: slices of which only the image-level label is used.
+      unlabelled: slices without masks, of which the image-level label is used if there is one.
       sizes: how many of each are in a batch.
       seed: of the order in which they come.
     """
@@ -46,7 +46,7 @@ class Batches:
         Returns:
           hu: (L + U, size, size) int16, the labelled slices first.
           mask: (L, size, size) uint8.
-          organ_present: (L + U,) int32 in {0, 1}.
+          image_label: (L + U,) int32: 1 shows the organ, 0 does not, -1 unknown.
         """
         labelled = self._draw(self.labelled, self.sizes[0], step, stream=0)
         unlabelled = self._draw(self.unlabelled, self.sizes[1], step, stream=1)
@@ -54,7 +54,7 @@ class Batches:
         return {
             "hu": np.stack([self.store.hu(s) for s in both]),
             "mask": np.stack([self.store.mask(s) for s in labelled]),
-            "organ_present": np.array([self.store.organ_present(s) for s in both], np.int32),
+            "image_label": np.array([self.store.image_label(s) for s in both], np.int32),
         }
 
     @property

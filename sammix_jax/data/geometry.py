@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
+from sammix_jax.data import paper
+
 AIR_HU = -1024
-RESIZES = ("fit", "stretch")
+RESIZES = ("fit", "stretch", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +19,7 @@ class SliceGeometry:
       shape: (H, W) of the scan's slices.
       size: side of the square store slice.
       top, left, height, width: the part of the square that the slice fills; the rest is air.
+      resize: how it was made, one of `RESIZES`; `"paper"` is the authors' arithmetic.
     """
 
     shape: tuple[int, int]
@@ -25,16 +28,27 @@ class SliceGeometry:
     left: int
     height: int
     width: int
+    resize: str
 
     def image_to_square(self, image: np.ndarray) -> np.ndarray:
-        """(H, W) int16 HU → (size, size) int16 HU, bilinear with antialiasing, padded with air."""
+        """(H, W) int16 HU → (size, size) int16 HU, bilinear with antialiasing, padded with air.
+
+        With `resize="paper"` HU are clipped to `paper.WINDOW` first.
+        """
+        if self.resize == "paper":
+            return paper.resize_image(image, self.size)
         square = np.full((self.size, self.size), AIR_HU, np.int16)
         resized = _resize(image, (self.height, self.width))
         square[self._filled] = np.clip(np.rint(resized), -32768, 32767)
         return square
 
     def mask_to_square(self, mask: np.ndarray) -> np.ndarray:
-        """(H, W) bool → (size, size) bool: a pixel is inside where at least half of it is."""
+        """(H, W) bool → (size, size) bool: a pixel is inside where at least half of it is.
+
+        With `resize="paper"` it is inside where the nearest pixel of the scan is.
+        """
+        if self.resize == "paper":
+            return paper.resize_mask(mask, self.size)
         square = np.zeros((self.size, self.size), bool)
         square[self._filled] = _resize(mask, (self.height, self.width)) >= 0.5
         return square
@@ -59,16 +73,20 @@ def slice_geometry(
       spacing: (H, W) pixel size in mm.
       size: side of the square.
       resize: `"fit"` keeps the body's proportions (pixels become square in mm, the longer side
-        fills the square, the rest is padded evenly); `"stretch"` fills the square, as the paper
-        does.
+        fills the square, the rest is padded evenly); `"stretch"` fills the square;
+        `"paper"` fills it in the authors' arithmetic, which clips HU and loses small masks.
+
+    Raises:
+      ValueError: no such resize.
     """
-    if resize == "stretch":
-        return SliceGeometry(shape, size, 0, 0, size, size)
+    if resize in ("stretch", "paper"):
+        return SliceGeometry(shape, size, 0, 0, size, size, resize)
     if resize != "fit":
         raise ValueError(f"resize={resize!r}: expected one of {RESIZES}.")
     extent = np.multiply(shape, spacing)
     height, width = (int(n) for n in np.maximum(1, np.rint(size * extent / extent.max())))
-    return SliceGeometry(shape, size, (size - height) // 2, (size - width) // 2, height, width)
+    top, left = (size - height) // 2, (size - width) // 2
+    return SliceGeometry(shape, size, top, left, height, width, resize)
 
 
 def _resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

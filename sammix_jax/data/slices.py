@@ -18,7 +18,7 @@ from sammix_jax.data.geometry import SliceGeometry
 from sammix_jax.errors import UserError
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,10 @@ class SliceStore:
     def slices(self, scan: str) -> list[SliceId]:
         return [SliceId(scan, i) for i in range(len(self.records[scan].slices))]
 
-    def organ_present(self, slice_id: SliceId) -> bool:
-        """The image-level label; only for slices of labelled scans."""
-        return self.records[slice_id.scan].organ_pixels[slice_id.position] > 0
+    def image_label(self, slice_id: SliceId) -> int:
+        """1 where the slice shows the organ, 0 where it does not, -1 where nobody knows."""
+        record = self.records[slice_id.scan]
+        return int(record.organ_pixels[slice_id.position] > 0) if record.has_label else -1
 
     def hu(self, slice_id: SliceId) -> np.ndarray:
         """(size, size) int16 HU."""

@@ -76,7 +76,7 @@ def draw_labelled_slices(
     Raises:
       UserError: fewer positive slices than `count`.
     """
-    positive = [s for scan in scans for s in store.slices(scan) if store.organ_present(s)]
+    positive = [s for scan in scans for s in store.slices(scan) if store.image_label(s) == 1]
     if not positive or count > len(positive):
         raise UserError(
             f"data.labelled_slices={count}: the {len(scans)} training scans show "
@@ -114,7 +114,7 @@ def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceI
         labels = _read_labels(labels_path, store, split)
     else:
         labels = draw_labelled_slices(
-            store, split.train, config.data.labelled_slices, config.data.seed
+            store, split.train, config.data.labelled_slices, config.data.labels_seed
         )
     return split, labels
 

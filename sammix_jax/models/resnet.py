@@ -52,6 +52,10 @@ _RESNETS = {
     "resnet50": _stages((3, 4, 6, 3), 64, bottleneck=True),
     "mini": _stages((1, 1, 1, 1), 32),
 }
+# Names of the stages, at the end of each of which a class activation map can be taken.
+STAGES = {"resnet38": tuple(stage.name for stage in _RESNET38)} | {
+    arch: tuple(stage.name for stage in stages) for arch, stages in _RESNETS.items()
+}
 # The first output stride is the default.
 OUTPUT_STRIDES = {
     "resnet38": (32, 16, 8),
@@ -79,6 +83,17 @@ def _dilate(stages, stem_stride: int, output_stride: int):
             stride = 1
             dilation *= stage.stride
         yield stage, stride, before, dilation
+
+
+def _between(stages, begin: str, end: str):
+    """Yields the stages after `begin` up to and with `end`; "" stands for the trunk's two ends."""
+    inside = not begin
+    for stage in stages:
+        if inside:
+            yield stage
+        if stage[0].name == end:
+            return
+        inside = inside or stage[0].name == begin
 
 
 def _conv(x, features: int, kernel: int, stride: int, dilation: int, dtype, name: str):
@@ -176,10 +191,12 @@ class ResNet38(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """(B, H, W, C) → (B, h, w, 4096), not negative."""
-        x = _conv(images, 64, 3, 1, 1, self.dtype, "conv1a")
-        for stage, stride, before, dilation in _dilate(_RESNET38, 1, self.output_stride):
+    def __call__(self, x: jax.Array, train: bool, begin: str = "", end: str = "") -> jax.Array:
+        """(B, H, W, C) → (B, h, w, 4096), not negative; `begin` and `end` as in `_between`."""
+        if not begin:
+            x = _conv(x, 64, 3, 1, 1, self.dtype, "conv1a")
+        stages = _dilate(_RESNET38, 1, self.output_stride)
+        for stage, stride, before, dilation in _between(stages, begin, end):
             for i in range(stage.depth):
                 x = PreActivationBlock(
                     widths=stage.widths,
@@ -191,7 +208,7 @@ class ResNet38(nn.Module):
                     dtype=self.dtype,
                     name=f"{stage.name}_{i + 1}",
                 )(x, train)
-        return nn.relu(_norm(x, train, self.dtype, "bn"))
+        return x if end else nn.relu(_norm(x, train, self.dtype, "bn"))
 
 
 class ResNet(nn.Module):
@@ -208,18 +225,20 @@ class ResNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """(B, H, W, C) → (B, h, w, D), not negative; D is 512, 2048 (resnet50) or 256 (mini)."""
+    def __call__(self, x: jax.Array, train: bool, begin: str = "", end: str = "") -> jax.Array:
+        """(B, H, W, C) → (B, h, w, D), not negative; D is 512, 2048 (resnet50) or 256 (mini).
+
+        `begin` and `end` as in `_between`.
+        """
         mini = self.arch == "mini"
-        width, kernel = (32, 3) if mini else (64, 7)
-        x = _conv(images, width, kernel, 2, 1, self.dtype, "conv1")
-        x = nn.relu(_norm(x, train, self.dtype, "bn1"))
-        if not mini:
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        stem_stride = 2 if mini else 4
-        for stage, stride, before, dilation in _dilate(
-            _RESNETS[self.arch], stem_stride, self.output_stride
-        ):
+        if not begin:
+            width, kernel = (32, 3) if mini else (64, 7)
+            x = _conv(x, width, kernel, 2, 1, self.dtype, "conv1")
+            x = nn.relu(_norm(x, train, self.dtype, "bn1"))
+            if not mini:
+                x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        stages = _dilate(_RESNETS[self.arch], 2 if mini else 4, self.output_stride)
+        for stage, stride, before, dilation in _between(stages, begin, end):
             for i in range(stage.depth):
                 x = ResidualBlock(
                     widths=stage.widths,
@@ -254,7 +273,23 @@ class Classifier(nn.Module):
     dtype: jnp.dtype = jnp.float32
     freeze_batch_norm: bool = False
 
-    @nn.compact
+    def setup(self):
+        """Raises ValueError for an unknown `arch`, or an `output_stride` that it does not have."""
+        if self.arch not in OUTPUT_STRIDES:
+            raise ValueError(f"arch={self.arch!r}: expected one of {tuple(OUTPUT_STRIDES)}.")
+        options = OUTPUT_STRIDES[self.arch]
+        output_stride = options[0] if self.output_stride is None else self.output_stride
+        if output_stride not in options:
+            raise ValueError(
+                f"output_stride={output_stride} for arch={self.arch!r}: expected one of {options}, "
+                f"or None for {options[0]}."
+            )
+        if self.arch == "resnet38":
+            self.trunk = ResNet38(output_stride, self.dtype)
+        else:
+            self.trunk = ResNet(self.arch, output_stride, self.dtype)
+        self.head = nn.Dense(self.num_classes)
+
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """Classifies images.
 
@@ -268,28 +303,29 @@ class Classifier(nn.Module):
           h = ceil(H / output_stride).
 
         Raises:
-          ValueError: unknown `arch`, an `output_stride` it does not have, or images of another
-            shape.
+          ValueError: images of another shape.
         """
-        if self.arch not in OUTPUT_STRIDES:
-            raise ValueError(f"arch={self.arch!r}: expected one of {tuple(OUTPUT_STRIDES)}.")
-        options = OUTPUT_STRIDES[self.arch]
-        output_stride = options[0] if self.output_stride is None else self.output_stride
-        if output_stride not in options:
-            raise ValueError(
-                f"output_stride={output_stride} for arch={self.arch!r}: expected one of {options}, "
-                f"or None for {options[0]}."
-            )
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(
                 f"images has shape {images.shape}: expected (B, H, W, 3); repeat a grey channel "
                 "three times."
             )
-        train = train and not self.freeze_batch_norm
-        if self.arch == "resnet38":
-            trunk = ResNet38(output_stride, self.dtype, name="trunk")
-        else:
-            trunk = ResNet(self.arch, output_stride, self.dtype, name="trunk")
-        features = trunk(images, train)
-        pooled = jnp.mean(features.astype(jnp.float32), axis=(1, 2))  # (B, D)
-        return nn.Dense(self.num_classes, name="head")(pooled), features
+        features = self.trunk(images, train and not self.freeze_batch_norm)
+        return self._pool_and_classify(features), features
+
+    def features_at(self, images: jax.Array, stage: str) -> jax.Array:
+        """(B, H, W, 3) → the map at the end of a stage in `STAGES[arch]`, running statistics."""
+        self._expect_stage(stage)
+        return self.trunk(images, False, end=stage)
+
+    def logits_from(self, features: jax.Array, stage: str) -> jax.Array:
+        """The map at the end of a stage, (B, h, w, D) → logits (B, K), running statistics."""
+        self._expect_stage(stage)
+        return self._pool_and_classify(self.trunk(features, False, begin=stage))
+
+    def _pool_and_classify(self, features: jax.Array) -> jax.Array:
+        return self.head(jnp.mean(features.astype(jnp.float32), axis=(1, 2)))  # (B, D) → (B, K)
+
+    def _expect_stage(self, stage: str) -> None:
+        if stage not in STAGES[self.arch]:
+            raise ValueError(f"stage={stage!r} of {self.arch}: expected one of {STAGES[self.arch]}")

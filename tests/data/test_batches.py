@@ -22,8 +22,8 @@ class FakeStore:
     def mask(self, s):
         return np.full((4, 4), s.position % 2, np.uint8)
 
-    def organ_present(self, s):
-        return s.scan == "a"
+    def image_label(self, s):
+        return {"a": 1, "b": 0, "c": -1}[s.scan]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_shapes_and_quota(batches):
     batch = batches(0)
     assert batch["hu"].shape == (5, 4, 4) and batch["hu"].dtype == np.int16
     assert batch["mask"].shape == (2, 4, 4)
-    assert batch["organ_present"].tolist() == [1, 1, 0, 0, 0]
+    assert batch["image_label"].tolist() == [1, 1, 0, 0, 0]
     assert all(n < 100 for n in numbers(batch)[:2])
     np.testing.assert_array_equal(batch["mask"][:, 0, 0], batch["hu"][:2, 0, 0] % 2)
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sammix_jax.data.geometry import AIR_HU, slice_geometry
+from sammix_jax.data import paper
+from sammix_jax.data.geometry import AIR_HU, RESIZES, slice_geometry
 
 
 def blob(shape):
@@ -29,7 +30,7 @@ def test_padding_is_air():
     assert (square[16:48] == 37).all()
 
 
-@pytest.mark.parametrize("resize", ["fit", "stretch"])
+@pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("shape", [(512, 512), (101, 122), (300, 90)])
 def test_a_mask_survives_the_way_there_and_back(shape, resize):
     geometry = slice_geometry(shape, (0.8, 0.8), 128, resize)
@@ -49,3 +50,20 @@ def test_image_and_mask_stay_in_register():
     np.testing.assert_array_equal(
         geometry.image_to_square(image) >= 0, geometry.mask_to_square(mask)
     )
+
+
+def test_paper_fills_the_square_in_the_authors_arithmetic():
+    shape = (90, 133)
+    geometry = slice_geometry(shape, (0.7, 0.8), 64, "paper")
+    hu = np.random.default_rng(0).integers(-1024, 1500, shape).astype(np.int16)
+    mask = hu > 1000
+    np.testing.assert_array_equal(geometry.image_to_square(hu), paper.resize_image(hu, 64))
+    np.testing.assert_array_equal(geometry.mask_to_square(mask), paper.resize_mask(mask, 64))
+    logits = np.random.default_rng(1).normal(size=(64, 64)).astype(np.float32)
+    stretched = slice_geometry(shape, (0.7, 0.8), 64, "stretch")
+    np.testing.assert_array_equal(geometry.logits_to_scan(logits), stretched.logits_to_scan(logits))
+
+
+def test_no_such_resize():
+    with pytest.raises(ValueError, match=r"fit.*stretch.*paper"):
+        slice_geometry((8, 8), (1.0, 1.0), 8, "crop")

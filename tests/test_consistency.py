@@ -1,0 +1,116 @@
+"""The teacher: what it says, how it follows, and that slices without masks train the decoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sammix_jax.consistency import follow, pseudo_masks, ramp
+from sammix_jax.data.splits import load_or_draw
+from sammix_jax.losses import bce_loss, dice_loss
+from sammix_jax.optim import make_optimiser
+from sammix_jax.prepare import prepare
+from sammix_jax.sam_mix import sam_mix
+from sammix_jax.train import train
+from sammix_jax.train_step import make_init, make_train_step
+
+
+def test_only_confident_pixels_count():
+    logits = jnp.array([[[3.0, 0.1], [-0.1, -3.0]]])
+    target, valid = pseudo_masks(logits, jnp.array([1]), confidence=0.9)
+    np.testing.assert_array_equal(target[0], [[1, 1], [0, 0]])
+    np.testing.assert_array_equal(valid[0], [[True, False], [False, True]])
+
+
+def test_an_image_level_label_overrules_the_teacher():
+    logits = jnp.full((3, 2, 2), 5.0)
+    target, valid = pseudo_masks(logits, jnp.array([1, 0, -1]), confidence=0.9)
+    np.testing.assert_array_equal(target[:, 0, 0], [1, 0, 1])
+    assert valid.all()
+    _, unsure = pseudo_masks(jnp.zeros((3, 2, 2)), jnp.array([1, 0, -1]), confidence=0.9)
+    np.testing.assert_array_equal(unsure[:, 0, 0], [False, True, False])
+
+
+def test_the_teacher_sends_no_gradient():
+    gradient = jax.grad(lambda x: pseudo_masks(x, jnp.array([1]), 0.6).target.sum())
+    assert not gradient(jnp.ones((1, 2, 2))).any()
+
+
+def test_the_teacher_follows_late_more_slowly():
+    old, new = {"a": jnp.zeros(1)}, {"a": jnp.ones(1)}
+    assert float(follow(old, new, jnp.array(0), 0.99)["a"][0]) == pytest.approx(0.9)
+    assert float(follow(old, new, jnp.array(10_000), 0.99)["a"][0]) == pytest.approx(0.01)
+
+
+def test_ramp():
+    values = [float(ramp(jnp.array(s), 10, 4)) for s in (0, 8, 10, 11, 13, 50)]
+    assert values == [0.0, 0.0, 0.25, 0.5, 1.0, 1.0]
+    assert [float(ramp(jnp.array(s), 3, 0)) for s in (1, 3)] == [0.0, 1.0]
+
+
+def test_pixels_that_do_not_count_change_nothing():
+    key = jax.random.key(0)
+    logits = jax.random.normal(key, (2, 4, 4))
+    target = (jax.random.uniform(key, (2, 4, 4)) > 0.5).astype(jnp.float32)
+    valid = jnp.zeros((2, 4, 4), bool).at[:, :2].set(True)
+    other = jnp.where(valid, logits, -logits + 3)
+    for loss in (dice_loss, bce_loss):
+        a, b = (loss(x, target, valid=valid) for x in (logits, other))
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+        assert float(jnp.abs(loss(logits, target) - loss(other, target))) > 1e-3
+        all_valid = loss(logits, target, valid=jnp.ones_like(valid))
+        np.testing.assert_allclose(all_valid, loss(logits, target), rtol=1e-6)
+
+
+@pytest.fixture
+def taught(config):
+    config.consistency.weight = 1.0
+    config.consistency.ramp_steps = 0
+    config.consistency.confidence = 0.5
+    config.loss.classification = 0.0
+    config.loss.segmentation = 0.0
+    return config
+
+
+def test_slices_without_masks_train_the_segmentation(taught):
+    """From `start_step` on; their classification and the labelled slices are silenced here."""
+    taught.consistency.start_step = 5
+    model, optimiser = sam_mix(taught), make_optimiser(taught.train, 30)
+    state = jax.jit(make_init(model, optimiser, taught))()
+    batch = {
+        "hu": np.random.default_rng(0).normal(0, 100, (4, 64, 64)).astype(np.int16),
+        "mask": np.zeros((2, 64, 64), np.uint8),
+        "image_label": np.array([1, 1, -1, -1], np.int32),
+    }
+    step = jax.jit(make_train_step(model, optimiser, taught))
+    assert set(state.teacher) == set(state.trainable)
+    _, before = step(state, batch)
+    assert before["consistency_loss"] > 0 and before["confident_pixels"] == 1
+    assert before["loss"] == 0 and before["gradient_norm"] == 0
+    state = state.replace(step=jnp.array(5))
+    after, metrics = step(state, batch)
+    assert metrics["loss"] == metrics["consistency_loss"] and metrics["gradient_norm"] > 0
+    name = "sam/mask_decoder/mask_tokens"
+    kept = 6 / 15  # the teacher's share in its sixth step
+    expected = kept * state.teacher[name] + (1 - kept) * after.trainable[name]
+    np.testing.assert_allclose(after.teacher[name], expected, rtol=1e-6)
+
+
+def test_the_papers_mode_has_no_teacher(config):
+    state = jax.eval_shape(make_init(sam_mix(config), make_optimiser(config.train, 30), config))
+    assert config.consistency.weight == 0 and state.teacher == {}
+
+
+def test_unlabelled_scans_join_where_there_is_a_teacher(taught, tmp_path, caplog):
+    """In the paper's mode they train nothing."""
+    taught.loss.segmentation = 1.0
+    taught.train.steps = 2
+    taught.log.validate_every_steps = 2
+    store = prepare(taught, tmp_path)
+    split, labelled = load_or_draw(taught, store, tmp_path)
+    caplog.set_level("INFO")
+    train(taught, tmp_path, store)
+    known = sum(len(store.slices(scan)) for scan in split.train) - len(labelled)
+    unlabelled = [r for r in store.records.values() if not r.has_label]
+    assert len(unlabelled) == 1
+    assert f"{known + len(unlabelled[0].slices)} without a mask" in caplog.text
