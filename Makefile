@@ -2,6 +2,7 @@
 # make test   lint and tests
 # make parity the same weights in PyTorch and here (installs torch)
 # make bench  the image encoder beside PyTorch's (installs torch)
+# make bench-labels  how few labels suffice on the phantom (hours, CPU; goes on where it stopped)
 # Each sets up .venv with what it needs.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 # One arena: without it glibc keeps freed memory per thread, and both speed and memory suffer.
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: demo test test-slow parity bench lint clean
+.PHONY: demo test test-slow parity bench bench-labels lint clean
 
 demo: $(VENV)/core
 	$(BIN)/python -m sammix_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -27,6 +28,9 @@ parity: $(VENV)/convert
 
 bench: $(VENV)/convert
 	$(BIN)/python -m benchmarks.encoder --rounds 2 --repeats 3
+
+bench-labels: $(VENV)/core
+	$(BIN)/python -m benchmarks.labels --workdir=runs/labels
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

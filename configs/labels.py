@@ -19,7 +19,7 @@ VARIANTS = {
     "no_box": {"cam.box": False},
     "teacher": {
         "consistency.weight": 1.0,
-        "consistency.start_step": 150,
+        "consistency.start_step": 100,
         "consistency.ramp_steps": 100,
     },
 }
@@ -31,6 +31,6 @@ def get_config(variant: str = "sam_mix"):
     config.model.image_size = 64
     config.train.batch_labelled = 4
     config.train.batch_unlabelled = 4
-    config.train.steps = 400
+    config.train.steps = 300
     config.update_from_flattened_dict(VARIANTS[variant])
     return config
