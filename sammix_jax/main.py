@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from sammix_jax import evaluate, predict, prepare, report, train
-from sammix_jax.config import check_workdir, load_config
+from sammix_jax.config import check_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import kept_split
@@ -94,22 +94,34 @@ def _run(mode: str, workdir: pathlib.Path) -> None:
 
 
 def _config(mode: str, workdir: pathlib.Path):
-    """The config of the command line; a trained workdir's own, where only parts are given."""
+    """The config of the command line; what it leaves out, a trained workdir's own tells."""
     flag = flags.FLAGS["config"]
     if mode in ("train", "prepare"):
         if not flag.present:
             raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
-        return _named_config()
+        config = _named_config()
+        if lacking := sorted(set(default_config()) - set(config)):
+            raise UserError(
+                f"--config={config_flags.get_config_filename(flag)}: says nothing of "
+                f"{', '.join(lacking)}, so it makes no run; give it to --mode=evaluate with the "
+                "--workdir of one."
+            )
+        return config
     overrides = config_flags.get_override_values(flag)
     if "data.root" in overrides:
         raise UserError(
             f"--mode={mode} takes no data.root, it uses the workdir's scans; to score others give "
             "--mode=evaluate --config.evaluate.root=DIR."
         )
-    if flag.present:
-        return _named_config()
     config = load_config(workdir)
-    config.update_from_flattened_dict(overrides)
+    if not flag.present:
+        config.update_from_flattened_dict(overrides)
+        return config
+    try:
+        config.update(_named_config())
+    except (KeyError, TypeError) as error:
+        file = config_flags.get_config_filename(flag)
+        raise UserError(f"--config={file}: does not fit the workdir's: {error}.") from error
     return config
 
 

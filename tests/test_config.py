@@ -116,7 +116,7 @@ def test_saved_by_another_version(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("cam.fusion", "times", "one of add, none"),
+        ("cam.fusion", "times", "one of add, concat, none"),
         ("cam.component", "first", "one of largest, peak, all"),
         ("cam.threshold", 0.0, "above 0 to 1"),
         ("data.resize", "crop", "one of fit, stretch"),

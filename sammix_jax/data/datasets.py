@@ -3,6 +3,7 @@
 - LiTS: `volume-N.nii[.gz]` with `segmentation-N.nii[.gz]`, in one folder or in folders below it.
 - Medical Segmentation Decathlon, nnU-Net: `imagesTr/`, `labelsTr/` (and `imagesTs/`, unlabelled).
 - TotalSegmentator: `sNNNN/ct.nii.gz` with `sNNNN/segmentations/ORGAN.nii.gz`.
+- The authors' preprocessed slices: `NAME.h5` or `NAME.hdf5`, scan and mask in one file (`hdf5.py`).
 
 Files pair by the number or name they carry, never by directory order. A scan without a mask is an
 unlabelled scan; a mask without a scan is an error.
@@ -12,6 +13,7 @@ import dataclasses
 import pathlib
 import re
 
+from sammix_jax.data import hdf5
 from sammix_jax.data.files import read_json
 from sammix_jax.data.volumes import is_nifti, stem
 from sammix_jax.errors import UserError
@@ -21,7 +23,8 @@ LITS_ORGANS = {"liver": (1, 2), "tumour": (2,)}
 LESION_NAMES = {"cancer", "tumour", "tumor", "lesion"}
 LAYOUTS = (
     "LiTS (volume-N.nii, segmentation-N.nii), Medical Segmentation Decathlon or nnU-Net "
-    "(imagesTr/, labelsTr/), TotalSegmentator (sNNNN/ct.nii.gz, sNNNN/segmentations/)"
+    "(imagesTr/, labelsTr/), TotalSegmentator (sNNNN/ct.nii.gz, sNNNN/segmentations/), the "
+    "authors' preprocessed slices (NAME.h5)"
 )
 
 
@@ -49,19 +52,19 @@ def find_scans(
     """All scans below `root`, in natural order of their names.
 
     Args:
-      root: a folder in one of the three layouts.
-      organ: the structure to segment; must be one that the layout names.
+      root: a folder in one of the four layouts.
+      organ: the structure to segment; must be one that the layout names (HDF5 names none).
       label_values: overrides the label values that count as the organ (label files with several).
       field: the config field that named the root, for messages.
 
     Raises:
-      UserError: no such folder, no known layout, an unknown organ, a mask without its scan, or two
-        files for one scan.
+      UserError: no such folder, no known layout, an unknown organ, a mask without its scan, two
+        files for one scan, or label values for files that say which slices show the organ.
     """
     root = pathlib.Path(root)
     if not root.is_dir():
         raise UserError(f"{field}={root}: no such folder; give the folder that holds the scans.")
-    for find in (_find_decathlon, _find_totalsegmentator, _find_lits):
+    for find in (_find_decathlon, _find_totalsegmentator, _find_lits, _find_hdf5):
         scans = find(root, organ)
         if scans:
             break
@@ -76,6 +79,11 @@ def find_scans(
     if repeated:
         raise UserError(f"{root}: several files for the scans {repeated[:5]}; keep one of each.")
     if label_values:
+        if hdf5.is_hdf5(scans[0].image):
+            raise UserError(
+                f"{field.replace('root', 'label_values')}={tuple(label_values)}: the HDF5 files "
+                f"below {root} say themselves which slices show the organ; leave the field empty."
+            )
         values = tuple(label_values)
         scans = [dataclasses.replace(s, label_values=values, known_values=()) for s in scans]
     return sorted(scans, key=lambda s: natural(s.name))
@@ -175,6 +183,13 @@ def _find_totalsegmentator(root: pathlib.Path, organ: str) -> list[Scan]:
             f"{sorted(organs)}; choose one of these."
         )
     return scans
+
+
+def _find_hdf5(root: pathlib.Path, organ: str) -> list[Scan]:
+    files = [p for p in root.iterdir() if hdf5.is_hdf5(p) and not p.name.startswith(".")]
+    if files:
+        hdf5.import_h5py(files[0])  # told once, not for every scan
+    return [Scan(path.stem, path, path, (1, 2), (0, 1, 2)) for path in files]
 
 
 def _by_name(paths, key) -> dict[str, pathlib.Path]:

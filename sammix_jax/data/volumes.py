@@ -1,8 +1,9 @@
-"""NIfTI scans and masks, read into one canonical orientation and written back onto their own grid.
+"""Scans and masks, read into one canonical orientation and written back onto their own grid.
 
 Canonical arrays are (D, H, W): D runs to the patient's Superior, H to Posterior and W to Left, so a
 slice drawn with `imshow` is the radiological view (anterior up, the patient's right on the left).
 Reorientation only permutes and flips axes: every voxel keeps its value and its place in the world.
+Files are NIfTI, or the authors' HDF5 (`hdf5.py`), which know no place in the world.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
+from sammix_jax.data import hdf5
 from sammix_jax.data.files import whole_file
 from sammix_jax.errors import UserError
 
@@ -27,6 +29,9 @@ SUFFIXES = (".nii", ".nii.gz")
 AFFINE_TOLERANCE_MM = 1e-2
 # A scan without anything below this has most likely been shifted or scaled.
 MOST_AIR_HU = -200
+# For files without spacing and orientation: file order is canonical order, at a unit that
+# `Volume.has_spacing` tells from a spacing.
+UNPLACED = np.diag([-1.0, -1.0, 1.0, 1.0])
 # What nibabel, gzip and NumPy raise for files that are cut short or damaged.
 _UNREADABLE = (
     ImageFileError,
@@ -49,6 +54,8 @@ class Volume:
       spacing: (D, H, W) voxel size in mm.
       affine: (4, 4) float64, the file's own affine (file voxel order → RAS+ mm).
       orientation: (3, 2) nibabel orientation of the file's axes.
+      already_cut: whether the file holds only the slices that its maker kept of the scan, so that
+        none of them is to be left out again.
     """
 
     path: pathlib.Path
@@ -56,6 +63,7 @@ class Volume:
     spacing: tuple[float, float, float]
     affine: np.ndarray
     orientation: np.ndarray
+    already_cut: bool = False
 
     @property
     def axcodes(self) -> str:
@@ -88,9 +96,19 @@ def read_volume(path) -> Volume:
     """Reads a CT scan.
 
     Raises:
-      UserError: not a whole 3D NIfTI file, non-finite or constant voxels, or an unusable affine.
+      UserError: not a whole 3D NIfTI file, non-finite or constant voxels, or an unusable affine;
+        an HDF5 file that is not as the authors'.
     """
     path = pathlib.Path(path)
+    if hdf5.is_hdf5(path):
+        return Volume(
+            path=path,
+            hu=hdf5.read_hu(path),
+            spacing=(1.0, 1.0, 1.0),
+            affine=UNPLACED,
+            orientation=nib.io_orientation(UNPLACED),
+            already_cut=True,
+        )
     image, voxels = _read(path)
     if not np.issubdtype(voxels.dtype, np.integer) and not np.isfinite(voxels).all():
         bad = int(np.size(voxels) - np.isfinite(voxels).sum())
@@ -138,6 +156,8 @@ def read_mask(
       UserError: unreadable, labels that are no integers, or a grid or affine other than the scan's.
     """
     path = pathlib.Path(path)
+    if hdf5.is_hdf5(path):  # scan and mask share the file, which knows its labels
+        return hdf5.read_mask(path)
     image, voxels = _read(path)
     shape = tuple(np.shape(voxels))
     expected = _file_shape(scan)
@@ -171,11 +191,21 @@ def read_mask(
     return _canonical(np.isin(labels, label_values), scan.orientation)
 
 
+def organ_pixels(path, mask: np.ndarray) -> np.ndarray:
+    """Organ pixels of each slice of the (D, H, W) mask that was read from `path`: (D,) int.
+
+    At least 1 where the file itself says that the slice shows the organ: a mask that was resized
+    may have lost a small one.
+    """
+    counted = mask.sum(axis=(1, 2))
+    return np.maximum(counted, hdf5.read_image_labels(path)) if hdf5.is_hdf5(path) else counted
+
+
 def write_mask(path, mask: np.ndarray, scan: Volume) -> None:
     """Writes a (D, H, W) mask as uint8 on the scan's own grid.
 
-    Shape, affine, sform and qform with their codes, zooms and units are the scan's. The file
-    appears whole or not at all.
+    Shape, affine, sform and qform with their codes, zooms and units are the scan's; for an HDF5
+    scan, the order of its slices at unit spacing. The file appears whole or not at all.
 
     Raises:
       UserError: the name is not a NIfTI name, or the file cannot be written.
@@ -187,13 +217,17 @@ def write_mask(path, mask: np.ndarray, scan: Volume) -> None:
         nib.orientations.axcodes2ornt(CANONICAL), scan.orientation
     )
     voxels = nib.apply_orientation(mask.astype(np.uint8).transpose(2, 1, 0), transform)
-    source = nib.load(scan.path)
-    header = source.header.copy()
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
-    header["cal_max"], header["cal_min"] = 1, 0
-    # affine=None leaves sform, qform and both codes as the scan's header has them.
-    image = type(source)(np.ascontiguousarray(voxels), None, header)
+    voxels = np.ascontiguousarray(voxels)
+    if hdf5.is_hdf5(scan.path):
+        image = nib.Nifti1Image(voxels, scan.affine)
+    else:
+        source = nib.load(scan.path)
+        header = source.header.copy()
+        header.set_data_dtype(np.uint8)
+        header.set_slope_inter(1, 0)
+        header["cal_max"], header["cal_min"] = 1, 0
+        # affine=None leaves sform, qform and both codes as the scan's header has them.
+        image = type(source)(voxels, None, header)
     with whole_file(path) as partial:
         nib.save(image, partial)
 

@@ -1,0 +1,106 @@
+"""Writes a slice store in the form of the authors' preprocessed files.
+
+python -m convert.hdf5 --input=STORE --output=DIR
+
+The store must have been prepared under the paper preset (data.resize="paper", data.size=256), whose
+arithmetic is the authors'. Each labelled scan becomes DIR/NAME.h5 (`sammix_jax/data/hdf5.py` tells
+its parts), its slices numbered as in the scan. DIR can then be a data.root or an evaluate.root.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from tqdm import tqdm
+
+from sammix_jax.data import hdf5, paper
+from sammix_jax.data.files import whole_file
+from sammix_jax.data.slices import SliceStore
+from sammix_jax.errors import UserError
+
+
+def convert(store, output) -> tuple[int, int]:
+    """Converts a store.
+
+    Args:
+      store: the folder of a whole slice store.
+      output: folder for the files; those of an interrupted conversion are written again.
+
+    Returns:
+      How many scans were written, and how many were left out for want of a mask.
+
+    Raises:
+      UserError: no store, one of another arithmetic or without masks, other HDF5 files in the
+        output, or no room. Files that are there are whole.
+    """
+    output = pathlib.Path(output)
+    h5py = hdf5.import_h5py(output)
+    store = SliceStore.open(store)
+    _check_arithmetic(store)
+    names = [name for name, record in store.records.items() if record.has_label]
+    if not names:
+        raise UserError(f"{store.root}: none of its scans has a mask, which every file needs.")
+    _check_output(output, {f"{name}.h5" for name in names})
+    for name in tqdm(names, desc="convert", unit="scan", disable=None):
+        with whole_file(output / f"{name}.h5") as partial:
+            try:
+                with h5py.File(partial, "w") as file:
+                    _write_scan(file, store, name)
+            except RuntimeError as error:  # how HDF5 reports a disk that fills as it closes
+                raise OSError(str(error)) from error
+    return len(names), len(store.records) - len(names)
+
+
+def _write_scan(file, store: SliceStore, name: str) -> None:
+    for index, slice_id in zip(store.records[name].slices, store.slices(name), strict=True):
+        group = file.create_group(hdf5.group_name(index))
+        image, mask = paper.scale(store.hu(slice_id)), store.mask(slice_id)
+        group.create_dataset(hdf5.IMAGE, data=image, compression="gzip")
+        group.create_dataset(hdf5.MASK, data=mask, compression="gzip")
+        group.attrs[hdf5.IMAGE_LABEL] = store.image_label(slice_id)
+
+
+def _check_arithmetic(store: SliceStore) -> None:
+    found = {field: store.params[field] for field in ("resize", "size")}
+    if found != {"resize": "paper", "size": paper.SIZE}:
+        raise UserError(
+            f"{store.root}: prepared with data.resize={found['resize']}, "
+            f"data.size={found['size']}; expected data.resize=paper, data.size={paper.SIZE}, as "
+            "configs/lits.py sets them for --mode=prepare."
+        )
+
+
+def _check_output(output: pathlib.Path, names: set[str]) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; expected a folder.")
+    strangers = sorted(p.name for p in output.glob("*") if hdf5.is_hdf5(p) and p.name not in names)
+    if strangers:
+        raise UserError(
+            f"{output}: holds {strangers[:5]}, which would pass for scans of this data set; give a "
+            "new folder."
+        )
+
+
+def define_flags() -> None:
+    """Kept out of the module's import: flags are global, and tests import several programs."""
+    flags.DEFINE_string("input", None, "A slice store, such as WORKDIR/store.", required=True)
+    flags.DEFINE_string("output", None, "The folder to write into.", required=True)
+
+
+def main(argv) -> int:
+    given = flags.FLAGS
+    try:
+        if len(argv) > 1:
+            raise UserError(f"unexpected arguments {argv[1:]}; every option begins with --")
+        written, without = convert(given.input, given.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    left_out = f", {without} without a mask left out" if without else ""
+    print(f"{given.output}: {written} scans{left_out}")
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
