@@ -196,3 +196,28 @@ def test_prompt_passes_no_gradient_and_takes_an_empty_batch():
 def test_rejections_name_the_fix(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_plain_map_keeps_negative_evidence():
+    """Where everything speaks against the class, Grad-CAM finds nothing and the plain map does."""
+    features = jax.random.uniform(jax.random.key(0), (2, 4, 6, 8), minval=0.1)
+    kernel = jax.random.normal(jax.random.key(1), (8, 2)).at[:, 1].set(-1.0)
+    plain, grad = (method(features, kernel, 1) for method in (cams.plain_cam, cams.grad_cam))
+    np.testing.assert_allclose(plain, -features.sum(-1) / 24, rtol=1e-5)
+    assert float(plain.max()) < 0 and not grad.any()
+    assert cams.cam_prompt(grad, (32, 48)).empty.all()
+    found = cams.cam_prompt(plain, (32, 48))
+    assert not found.empty.any() and found.mask.any((1, 2)).all()
+
+    mixed = cams.plain_cam(features - 0.5, kernel, 0)
+    assert float(mixed.min()) < 0 < float(mixed.max())
+    np.testing.assert_array_equal(jnp.maximum(mixed, 0), cams.grad_cam(features - 0.5, kernel, 0))
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.4, 0.9])
+def test_the_threshold_is_a_share_of_the_peak(threshold):
+    cam = 7 * jax.random.uniform(jax.random.key(0), (2, 4, 6))
+    prompt = cams.cam_prompt(cam, (8, 12), threshold, "all")
+    resized = cams.resize_cam(cams.normalise_cam(cam), (8, 12))
+    np.testing.assert_array_equal(prompt.mask, resized >= threshold)
+    assert prompt.mask.any() and not prompt.mask.all()

@@ -65,3 +65,33 @@ def test_decay_spares_biases_and_tables():
         np.testing.assert_allclose(updates[path], -0.05)
     for path in kept:
         np.testing.assert_allclose(updates[path], 0)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together():
+    """Adam's first step forgets the gradient's length, so the second one is looked at."""
+    config = default_config().train
+
+    def second_step(scale, clip_norm):
+        config.clip_norm = clip_norm
+        optimiser = make_optimiser(config, 10)
+        params = {"a/kernel": jnp.zeros(2), "b/bias": jnp.zeros(1)}
+        state = optimiser.init(params)
+        for factor in (1.0, scale):
+            grads = {
+                "a/kernel": factor * jnp.array([0.0, 0.6]),
+                "b/bias": factor * jnp.array([-0.8]),
+            }
+            updates, state = optimiser.update(grads, state, params)
+        return jnp.concatenate([updates["a/kernel"], updates["b/bias"]])
+
+    even = second_step(1.0, 0.0)
+    np.testing.assert_allclose(second_step(50.0, 1.0), even, rtol=1e-5)  # norms of 1 and 50
+    np.testing.assert_allclose(second_step(0.5, 1.0), second_step(0.5, 0.0), rtol=1e-5)
+    assert not np.allclose(second_step(50.0, 0.0), even, rtol=0.1)
+
+
+def test_the_learning_rate_is_the_length_of_a_step():
+    config = default_config().train
+    for rate in (config.learning_rate, 0.03):
+        config.learning_rate = rate
+        np.testing.assert_allclose(rates(config, 10, (0, 9)), rate, rtol=1e-3)

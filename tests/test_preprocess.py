@@ -6,6 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from sammix_jax.config import default_config
 from sammix_jax.data import paper
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
 from sammix_jax.preprocess import distort, move, scale_slices, to_rgb, window
@@ -97,3 +98,14 @@ def test_distortion_stays_in_range_and_moves_nothing():
         assert float(inside.mean(axis=(1, 2)).min() - outside.mean(axis=(1, 2)).max()) > 0
     changes = [jnp.abs(distort(images, jax.random.key(3), s) - images).mean() for s in (1.0, 2.0)]
     assert changes[1] > 1.5 * changes[0]
+
+
+def test_the_configs_window_becomes_the_unit_range():
+    config = default_config()
+    config.input.window = (-50.0, 150.0)
+    hu = jnp.array([[[-160, -50, 0, 100, 150, 240]]], jnp.int16)
+    np.testing.assert_allclose(scale_slices(hu, config.input), [[[0, 0, 0.25, 0.75, 1, 1]]])
+    # The authors' scale knows its own window and no other.
+    config.input.scaling = "paper"
+    authors = (np.array([[[-160, -50, 0, 100, 150, 240]]], np.float16) + 3055) / 8866
+    np.testing.assert_array_equal(scale_slices(hu, config.input), authors.astype(np.float32))

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from sammix_jax.models import resnet
 from sammix_jax.models.resnet import (
     _RESNET38,
+    _RESNETS,
     OUTPUT_STRIDES,
+    STAGES,
     Classifier,
     PreActivationBlock,
     ResidualBlock,
@@ -243,3 +246,83 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
 def test_rejections_name_the_fix(fields, channels, message):
     with pytest.raises(ValueError, match=message):
         Classifier(**fields).init(jax.random.key(0), jnp.zeros((1, 32, 32, channels)))
+
+
+def map_at(stage, size, **fields):
+    classifier = Classifier(**fields)
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    variables = jax.eval_shape(classifier.init, jax.random.key(0), images)
+    at = jax.eval_shape(
+        lambda v, x: classifier.apply(v, x, stage, method="features_at"), variables, images
+    )
+    return at.shape
+
+
+@pytest.mark.parametrize("stride", [32, 8])
+def test_maps_of_resnet38s_stages(stride):
+    """Sides of a 256-pixel slice's maps: the classification form, and the dilated one."""
+    channels = {"b2": 128, "b3": 256, "b4": 512, "b5": 1024, "b6": 2048, "b7": 4096}
+    sides = {"b2": 128, "b3": 64, "b4": 32, "b5": 16, "b6": 8, "b7": 8}
+    assert STAGES["resnet38"] == tuple(sides)
+    for stage, side in sides.items():
+        side = max(side, 256 // stride)
+        shape = map_at(stage, (256, 256), arch="resnet38", output_stride=stride)
+        assert shape == (1, side, side, channels[stage])
+
+
+def test_maps_of_the_resnets_stages():
+    for arch, first, widths in (
+        ("resnet18", 4, (64, 128, 256, 512)),
+        ("resnet50", 4, (256, 512, 1024, 2048)),
+        ("mini", 2, (32, 64, 128, 256)),
+    ):
+        for i, (stage, width) in enumerate(zip(STAGES[arch], widths, strict=True)):
+            stride = min(first * 2**i, OUTPUT_STRIDES[arch][0])
+            shape = map_at(stage, (64, 96), arch=arch)
+            assert shape == (1, 64 // stride, 96 // stride, width)
+
+
+def slender(stages):
+    """The same stages with few channels and at most two blocks each."""
+    return tuple(
+        stage._replace(
+            depth=min(stage.depth, 2), widths=tuple(4 + width // 256 for width in stage.widths)
+        )
+        for stage in stages
+    )
+
+
+@pytest.mark.parametrize("dilated", [False, True])
+@pytest.mark.parametrize("arch", OUTPUT_STRIDES)
+def test_a_stage_and_what_follows_compose_to_the_whole(arch, dilated, monkeypatch):
+    monkeypatch.setattr(resnet, "_RESNET38", slender(_RESNET38))
+    monkeypatch.setattr(resnet, "_RESNETS", {a: slender(s) for a, s in _RESNETS.items()})
+    strides = OUTPUT_STRIDES[arch]
+    classifier = Classifier(arch, output_stride=min(strides) if dilated else strides[0])
+    images = jax.random.normal(jax.random.key(0), (2, 32, 64, 3))
+    variables = arbitrary(jax.eval_shape(classifier.init, jax.random.key(0), images))
+    # With so few channels, larger kernels, lest the signal fade on its way.
+    variables["params"]["trunk"] = jax.tree.map(
+        lambda leaf: 2.5 * leaf if leaf.ndim == 4 else leaf, variables["params"]["trunk"]
+    )
+
+    @jax.jit
+    def in_two_parts(variables):
+        def logits(stage):
+            features = classifier.apply(variables, images, stage, method="features_at")
+            return classifier.apply(variables, features, stage, method="logits_from")
+
+        return {stage: logits(stage) for stage in STAGES[arch]}
+
+    whole, _ = jax.jit(classifier.apply)(variables, images)
+    assert float(jnp.abs(whole[0] - whole[1]).max()) > 1e-3  # tells images apart
+    for stage, found in in_two_parts(variables).items():
+        np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5, err_msg=stage)
+
+
+@pytest.mark.parametrize(("arch", "stage"), [("resnet38", "layer4"), ("mini", "b5"), ("mini", "")])
+def test_unknown_stages_are_refused(arch, stage):
+    variables, _ = abstract(arch=arch)
+    for method in ("features_at", "logits_from"):
+        with pytest.raises(ValueError, match=rf"stage='{stage}' of {arch}: expected one of"):
+            Classifier(arch).apply(variables, jnp.zeros((1, 32, 32, 3)), stage, method=method)
