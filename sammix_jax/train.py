@@ -11,7 +11,7 @@ from tqdm import tqdm
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.config import check_workdir, claim_workdir
 from sammix_jax.data.batches import Batches, prefetch
-from sammix_jax.data.slices import SliceStore
+from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.splits import Split, keep, load_or_draw
 from sammix_jax.errors import UserError
 from sammix_jax.inference import make_predict, predict_slices
@@ -52,11 +52,7 @@ def train(config, workdir, store: SliceStore) -> bool:
             f"evaluate.part={config.evaluate.part}: that part of the split is empty, so the model "
             "could not be scored; choose another, as in --config.evaluate.part=train."
         )
-    taken = set(labelled)
-    scans = split.train
-    if config.consistency.weight > 0:  # a teacher learns nothing from labels, so it needs none
-        scans += tuple(name for name, record in store.records.items() if not record.has_label)
-    others = tuple(s for scan in scans for s in store.slices(scan) if s not in taken)
+    others = slices_without_masks(config, store, split, labelled)
     sizes = (config.train.batch_labelled, config.train.batch_unlabelled)
     batches = Batches(store, tuple(labelled), others, sizes, config.seed)
     steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
@@ -136,6 +132,18 @@ def train(config, workdir, store: SliceStore) -> bool:
                     checkpoints.save(state, done, last=done == steps)
                     begin, begin_step = time.monotonic(), done
     return True
+
+
+def slices_without_masks(
+    config, store: SliceStore, split: Split, labelled: list[SliceId]
+) -> tuple[SliceId, ...]:
+    """All other slices of the training patients; where there is a teacher, whose lessons need no
+    label of any kind, those of unlabelled scans too."""
+    scans = split.train
+    if config.consistency.weight > 0:
+        scans += tuple(name for name, record in store.records.items() if not record.has_label)
+    taken = set(labelled)
+    return tuple(s for scan in scans for s in store.slices(scan) if s not in taken)
 
 
 def validate(predict, state: TrainState, store: SliceStore, split: Split, config) -> dict:

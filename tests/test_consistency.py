@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from sammix_jax.consistency import follow, pseudo_masks, ramp
-from sammix_jax.data.splits import load_or_draw
+from sammix_jax.data.slices import SliceStore
+from sammix_jax.data.splits import kept_split
 from sammix_jax.losses import bce_loss, dice_loss
 from sammix_jax.optim import make_optimiser
-from sammix_jax.prepare import prepare
 from sammix_jax.sam_mix import sam_mix
-from sammix_jax.train import train
+from sammix_jax.train import slices_without_masks
 from sammix_jax.train_step import make_init, make_train_step
 
 
@@ -101,16 +101,13 @@ def test_the_papers_mode_has_no_teacher(config):
     assert config.consistency.weight == 0 and state.teacher == {}
 
 
-def test_unlabelled_scans_join_where_there_is_a_teacher(taught, tmp_path, caplog):
-    """In the paper's mode they train nothing."""
-    taught.loss.segmentation = 1.0
-    taught.train.steps = 2
-    taught.log.validate_every_steps = 2
-    store = prepare(taught, tmp_path)
-    split, labelled = load_or_draw(taught, store, tmp_path)
-    caplog.set_level("INFO")
-    train(taught, tmp_path, store)
-    known = sum(len(store.slices(scan)) for scan in split.train) - len(labelled)
-    unlabelled = [r for r in store.records.values() if not r.has_label]
-    assert len(unlabelled) == 1
-    assert f"{known + len(unlabelled[0].slices)} without a mask" in caplog.text
+def test_unlabelled_scans_join_where_there_is_a_teacher(workdir, config):
+    store, split = SliceStore.open(workdir / "store"), kept_split(workdir)
+    (unlabelled,) = (name for name, record in store.records.items() if not record.has_label)
+    labelled = store.slices(split.train[0])[:3]
+    paper = slices_without_masks(config, store, split, labelled)
+    assert {s.scan for s in paper} == set(split.train) and not set(labelled) & set(paper)
+    config.consistency.weight = 1.0
+    taught = slices_without_masks(config, store, split, labelled)
+    assert set(taught) == {*paper, *store.slices(unlabelled)}
+    assert store.image_label(store.slices(unlabelled)[0]) == -1
