@@ -25,7 +25,7 @@ import jax
 
 from benchmarks.label_tables import Row, cells, markdown, plot, write_csv
 from configs import labels
-from sammix_jax import evaluate, prepare, train
+from sammix_jax import evaluate, prepare, results, train
 from sammix_jax.data import phantom
 from sammix_jax.sam_mix import PROTOCOLS
 
@@ -58,11 +58,11 @@ def run_row(variant: str, count: int, seed: int, folder: pathlib.Path, steps: in
     rows = []
     for domain, root in zip(DOMAINS, ("", str(second)), strict=True):
         config.evaluate.root = root
-        if evaluate.saved_summary(config, workdir) is None:
+        if results.saved_results(config, workdir) is None:
             train.train(config, workdir, prepare.prepare(config, workdir))
             evaluate.evaluate(config, workdir)
             jax.clear_caches()
-        cases = evaluate.results_folder(config, workdir) / "cases.csv"
+        cases = results.results_folder(config, workdir) / results.CASES
         rows.append(Row(variant, count, seed, domain, cases))
     return rows
 

@@ -124,6 +124,15 @@ def check_config(config) -> None:
         (start, stop) == (0, 1) or config.data.central_fraction == 1,
         "(0, 1) where data.central_fraction says which slices are kept",
     )
+    expect(
+        "train.box", config.train.box == "cam" or config.cam.box, "cam where cam.box says no box"
+    )
+    taught = config.consistency.weight > 0
+    expect(
+        "train.batch_unlabelled",
+        config.train.batch_unlabelled > 0 or not taught,
+        "above 0, for a teacher (consistency.weight) teaches on these slices",
+    )
     expect("model.mask_index", config.model.mask_index < 3, "0, 1 or 2")
     expect("consistency.ema", 0 <= config.consistency.ema < 1, "0 to below 1")
     expect("consistency.confidence", 0.5 <= config.consistency.confidence < 1, "0.5 to below 1")

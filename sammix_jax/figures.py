@@ -1,4 +1,4 @@
-"""Pictures that a person looks at: a mask on its scan, a case with its CAM, learning curves."""
+"""Pictures that a person looks at: a mask on its scan, a case with its CAM, curves and scores."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -6,11 +6,13 @@ from matplotlib.figure import Figure
 from sammix_jax.data.files import whole_file
 from sammix_jax.data.volumes import Volume
 
-TRUTH, PREDICTION, BOX = "#4cc38a", "#ff9f1c", "#5aa9ff"
+TRUTH, PREDICTION, BOX, FAILURE = "#4cc38a", "#ff9f1c", "#5aa9ff", "#e5484d"
+# Ink that reads on white and on black; plots are transparent.
+INK = "#8a8f98"
 
 CURVES = {
-    "loss": ("train/loss", "train/classification_loss", "train/dice_loss"),
-    "validation": ("val/dice", "val/accuracy"),
+    "loss in training": ("train/loss", "train/classification_loss", "train/dice_loss"),
+    "validation, slice-wise": ("val/dice", "val/accuracy"),
 }
 
 
@@ -40,39 +42,74 @@ def case(
     predicted: np.ndarray,
     cam: np.ndarray,
     box: np.ndarray,
+    true_box: np.ndarray | None,
     window: tuple[float, float],
 ) -> Figure:
-    """One slice: contours of truth and prediction on the left, the CAM and its box on the right.
+    """One slice: contours of truth and prediction above, the CAM and the boxes below.
 
     Args:
       hu, truth, predicted, cam: (H, W) int16, bool, bool, and float in [0, 1].
-      box: (4,) XYXY in pixels.
+      box: (4,) XYXY in pixels, of the CAM.
+      true_box: the same of the truth, dashed; None where there is none.
       window: HU shown as black and as white.
     """
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained", facecolor="black")
-    left, right = figure.subplots(1, 2)
-    _show(left, hu, window)
-    _contour(left, truth, TRUTH)
-    _contour(left, predicted, PREDICTION)
-    _show(right, hu, window)
-    right.imshow(cam, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
-    x0, y0, x1, y1 = box - 0.5  # pixel edges, where imshow puts centres on whole numbers
-    right.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color=BOX, linewidth=1.5)
+    figure = Figure(figsize=(3.6, 7.2), layout="constrained", facecolor="black")
+    above, below = figure.subplots(2, 1)
+    _show(above, hu, window)
+    _contour(above, truth, TRUTH)
+    _contour(above, predicted, PREDICTION)
+    _show(below, hu, window)
+    below.imshow(cam, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
+    _rectangle(below, box, BOX, "-")
+    if true_box is not None:
+        _rectangle(below, true_box, TRUTH, "--")
     return figure
 
 
-def curves(rows: list[tuple[int, str, float]]) -> Figure:
-    """Loss and validation over steps, from the rows of metrics.csv."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, 2), CURVES.items(), strict=True):
-        for name in names:
-            points = [(step, value) for step, metric, value in rows if metric == name]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name.split("/")[1], marker=".")
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
+def curves(rows: list[tuple[int, str, float]]) -> dict[str, Figure]:
+    """Loss and validation over steps, by title, from the rows of metrics.csv; those there are."""
+    figures = {}
+    for title, names in CURVES.items():
+        points = {
+            name: [(step, value) for step, metric, value in rows if metric == name]
+            for name in names
+        }
+        if not any(points.values()):
+            continue
+        figure, axis = _plot()
+        for name, known in points.items():
+            if known:
+                axis.plot(*zip(*known, strict=True), label=name.split("/")[1], marker=".")
+        axis.set_xlabel("step")
+        axis.legend(frameon=False, labelcolor=INK)
+        figures[title] = figure
+    return figures
+
+
+def strips(values: dict[str, list[float]], means: dict[str, dict], label: str) -> Figure:
+    """A strip of points for each name, one a scan, with the mean and its interval below.
+
+    Args:
+      values: name → one value a scan, at least 0; zeros are drawn as failures.
+      means: name → "mean", and "low" and "high" of its interval or None.
+      label: of the values' axis.
+    """
+    figure, axis = _plot(height=0.7 + 0.6 * len(values))
+    for row, (name, points) in enumerate(values.items()):
+        known = np.array(points)
+        # Spread so that equal points are seen; the same at each drawing.
+        places = row - 0.18 + 0.1 * np.sin(2.4 * np.arange(len(known)))
+        axis.scatter(known, places, s=26, color=PREDICTION, alpha=0.75, linewidths=0)
+        failed = known == 0
+        axis.scatter(known[failed], places[failed], s=44, color=FAILURE, marker="x")
+        found = means[name]
+        if found["low"] is not None:
+            axis.plot([found["low"], found["high"]], [row + 0.2] * 2, color=BOX, linewidth=2.5)
+        axis.plot([found["mean"]], [row + 0.2], marker="D", color=BOX, markersize=6)
+    axis.set_yticks(range(len(values)), list(values))
+    axis.set_ylim(len(values) - 0.5, -0.5)
+    axis.set_xlabel(label)
+    axis.grid(axis="y", visible=False)
     return figure
 
 
@@ -80,6 +117,19 @@ def save(figure: Figure, path) -> None:
     """Writes a PNG, whole or not at all."""
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
+
+
+def _plot(height: float = 3.0):
+    """A figure with one axis, narrow enough to be read on a telephone."""
+    figure = Figure(figsize=(5.4, height), layout="constrained", facecolor="none")
+    axis = figure.subplots()
+    axis.set_facecolor("none")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["bottom", "left"]].set_color(INK)
+    axis.tick_params(colors=INK)
+    axis.xaxis.label.set_color(INK)
+    axis.grid(color=INK, alpha=0.25)
+    return figure, axis
 
 
 def _show(axis, hu: np.ndarray, window: tuple[float, float], aspect: float = 1.0) -> None:
@@ -90,3 +140,9 @@ def _show(axis, hu: np.ndarray, window: tuple[float, float], aspect: float = 1.0
 def _contour(axis, mask: np.ndarray, colour: str) -> None:
     if mask.any() and not mask.all():
         axis.contour(mask.astype(float), levels=[0.5], colors=colour, linewidths=1.5)
+
+
+def _rectangle(axis, box: np.ndarray, colour: str, style: str) -> None:
+    x0, y0, x1, y1 = box - 0.5  # pixel edges, where imshow puts centres on whole numbers
+    corners = [x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0]
+    axis.plot(*corners, color=colour, linestyle=style, linewidth=1.5)

@@ -2,8 +2,10 @@
 
 python -m sammix_jax.main --config=configs/lits.py --config.data.root=DIR --workdir=DIR
 python -m sammix_jax.main --mode=predict --workdir=DIR --input=scan.nii.gz --output=mask.nii.gz
+python -m sammix_jax.main --mode=summarise --workdir='runs/seed-*'
 """
 
+import glob
 import logging
 import os
 import pathlib
@@ -14,18 +16,22 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from sammix_jax import evaluate, predict, prepare, report, train
+from sammix_jax import evaluate, predict, prepare, report, results, train
 from sammix_jax.config import check_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
+from sammix_jax.data.datasets import natural
+from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import kept_split
 from sammix_jax.errors import UserError
+from sammix_jax.tables import result_table
 
 MODES = {
     "train": "prepare if needed, train, evaluate, predict one case",
     "prepare": "bring the scans into the slice store",
     "evaluate": "score the trained workdir",
     "predict": "segment --input into --output",
+    "summarise": "mean results of several evaluated workdirs that differ by their seeds",
 }
 
 
@@ -52,12 +58,19 @@ def _fail(message: str) -> int:
 
 
 _CONFIG = _define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run; summarise: several, by a pattern or with commas between.",
+    required=True,
+)
 _MODE = flags.DEFINE_enum(
     "mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items())
 )
 _INPUT = flags.DEFINE_string("input", None, "predict: a NIfTI scan, or a folder of them.")
-_OUTPUT = flags.DEFINE_string("output", None, "predict: the mask's file, or a folder.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "predict: the mask's file, or a folder. summarise: a folder for the means."
+)
 
 
 def main(argv) -> int:
@@ -66,7 +79,10 @@ def main(argv) -> int:
     _log_to_terminal()
     _cache_compilations()
     try:
-        _run(_MODE.value, pathlib.Path(_WORKDIR.value))
+        if _MODE.value == "summarise":
+            _summarise(_workdirs(_WORKDIR.value))
+        else:
+            _run(_MODE.value, pathlib.Path(_WORKDIR.value))
     except UserError as error:
         return _fail(str(error))
     return 0
@@ -138,12 +154,12 @@ def _named_config():
 def _train(config, workdir: pathlib.Path) -> None:
     store = prepare.prepare(config, workdir)
     trained = train.train(config, workdir, store)
-    summary = None if trained else evaluate.saved_summary(config, workdir)
-    if summary is None:
+    found = None if trained else results.saved_results(config, workdir)
+    if found is None:
         _evaluate(config, workdir)
     else:
         print(f"\n{workdir} is trained and evaluated; its result:\n")
-        _print_results(config, workdir, summary)
+        _print_results(config, workdir, found)
     prediction = workdir / "prediction.nii.gz"
     if trained or not prediction.exists():
         predict.predict(config, workdir, _example_scan(store, workdir), prediction)
@@ -158,15 +174,50 @@ def _example_scan(store: SliceStore, workdir: pathlib.Path) -> str:
 
 
 def _evaluate(config, workdir: pathlib.Path) -> None:
-    evaluation = evaluate.evaluate(config, workdir)
-    report.write_report(evaluate.results_folder(config, workdir), evaluation, config, workdir)
+    try:
+        _report(config, workdir, evaluate.evaluate(config, workdir))
+    except evaluate.IncompleteEvaluation as error:
+        _report(config, workdir, error.evaluation)
+        raise
+
+
+def _report(config, workdir: pathlib.Path, evaluation: evaluate.Evaluation) -> None:
+    report.write_report(results.results_folder(config, workdir), evaluation, config, workdir)
     print()
-    _print_results(config, workdir, evaluation.summary)
+    _print_results(config, workdir, evaluation.results)
 
 
-def _print_results(config, workdir: pathlib.Path, summary: dict) -> None:
-    page = evaluate.results_folder(config, workdir) / "report.html"
-    print(f"{evaluate.result_table(summary)}\n\nreport      {page}")
+def _print_results(config, workdir: pathlib.Path, found: dict) -> None:
+    page = results.results_folder(config, workdir) / "report.html"
+    print(f"{result_table(found)}\n\nreport      {page}")
+
+
+def _workdirs(patterns: str) -> list[pathlib.Path]:
+    """Workdirs by patterns with commas between, each once, in natural order."""
+    found = set()
+    for pattern in patterns.split(","):
+        folders = [pathlib.Path(path) for path in glob.glob(pattern.strip())]
+        if not any(folder.is_dir() for folder in folders):
+            raise UserError(f"--workdir={pattern}: no such folder; give trained workdirs.")
+        found |= {folder for folder in folders if folder.is_dir()}
+    return sorted(found, key=lambda folder: natural(str(folder)))
+
+
+def _summarise(workdirs: list[pathlib.Path]) -> None:
+    """The evaluation of each workdir that the config of the first one, or --config, names."""
+    config = _config("summarise", workdirs[0])
+    check_config(config)
+    files = [results.results_folder(config, workdir) / results.RESULTS for workdir in workdirs]
+    for workdir, file in zip(workdirs, files, strict=True):
+        if not file.exists():
+            raise UserError(f"{file}: no such file; run --mode=evaluate --workdir={workdir} first.")
+    means = results.over_seeds([read_json(file) for file in files], [str(w) for w in workdirs])
+    count, scans = len(means["runs"]), len(means["scans"])
+    print(f"mean ± standard deviation over {count} runs, each its mean over {scans} scans\n")
+    print(result_table(means))
+    if _OUTPUT.value:
+        results.write_over_seeds(_OUTPUT.value, means)
+        print(f"\nsummary     {pathlib.Path(_OUTPUT.value) / 'summary.json'}")
 
 
 def _parse_flags(argv):

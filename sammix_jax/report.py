@@ -5,12 +5,17 @@ import html
 import io
 import json
 import pathlib
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
 from sammix_jax import figures
-from sammix_jax.data.files import whole_file
-from sammix_jax.evaluate import Evaluation, Example, result_table
+from sammix_jax.data.files import read_json, whole_file
+from sammix_jax.data.splits import LABELS, PARTS, SPLIT
+from sammix_jax.evaluate import Evaluation, Example
+from sammix_jax.page import PAGE
+from sammix_jax.scores import Case
+from sammix_jax.tables import Rows, paper_rows, text, volume_rows
 from sammix_jax.train_log import read_log
 
 PROTOCOL_NOTES = {
@@ -23,6 +28,8 @@ PROTOCOL_NOTES = {
 def write_report(folder, evaluation: Evaluation, config, workdir) -> pathlib.Path:
     """Writes `report.html` with results, learning curves and cases, and `SCAN.png` for each case.
 
+    Pictures that an earlier evaluation left in the folder are removed.
+
     Args:
       folder: receives them.
       evaluation: from `evaluate.evaluate`.
@@ -33,30 +40,162 @@ def write_report(folder, evaluation: Evaluation, config, workdir) -> pathlib.Pat
       The page's path.
     """
     folder = pathlib.Path(folder)
-    for example in evaluation.examples:
-        figures.save(_case(example, config), folder / f"{example.scan}.png")
-    notes = "".join(f"<li><b>{p}</b> {PROTOCOL_NOTES[p]}</li>" for p in config.evaluate.protocols)
-    page = _PAGE.format(
-        title=f"SAM-Mix: {html.escape(config.data.organ)}",
-        scans=html.escape(config.evaluate.root or f"the {config.evaluate.part} part of the split"),
-        table=html.escape(result_table(evaluation.summary)),
-        notes=notes,
-        gate="on" if config.evaluate.gate else "off",
-        curves=_image(figures.curves(read_log(workdir))),
+    examples = {example.case.scan: example for example in evaluation.examples}
+    for picture in folder.glob("*.png"):
+        if picture.stem not in examples:
+            picture.unlink()
+    for name, example in examples.items():
+        figures.save(_case(example, config), folder / f"{name}.png")
+    with whole_file(folder / "report.html") as partial:
+        partial.write_text(_page(evaluation, config, pathlib.Path(workdir)))
+    return folder / "report.html"
+
+
+def _page(evaluation: Evaluation, config, workdir: pathlib.Path) -> str:
+    results = evaluation.results
+    first = evaluation.cases[0].protocol
+    return PAGE.format(
+        organ=html.escape(config.data.organ),
+        about=html.escape(_about(results)),
+        warnings="".join(f'<p class="warning">{html.escape(w)}</p>' for w in _warnings(results)),
+        protocol=first,
+        tiles=_tiles(results["summary"][first]),
+        volumes=_protocol_table(volume_rows(results)),
+        slices=_protocol_table(paper_rows(results)),
+        guidance=_table(_guidance_rows(results)),
+        strips=_strips(evaluation),
+        curves="".join(
+            f'<figure class="plot">{_image(figure, title)}<figcaption>{title}</figcaption></figure>'
+            for title, figure in figures.curves(read_log(workdir)).items()
+        )
+        or "<p>The workdir has no learning curves.</p>",
         cases="".join(_figure(name, e, config) for name, e in _chosen(evaluation.examples)),
+        every_case=_table(_case_rows(evaluation.cases), kind="scores"),
+        gate="on" if config.evaluate.gate else "off",
+        tolerance=f"{config.evaluate.nsd_tolerance:g}",
+        provenance=_table(_provenance(results, workdir)),
         truth=figures.TRUTH,
         prediction=figures.PREDICTION,
         box=figures.BOX,
-        config=html.escape(json.dumps(json.loads(config.to_json()), indent=1)),
+        config=html.escape(json.dumps(results["config"], indent=1)),
     )
-    with whole_file(folder / "report.html") as partial:
-        partial.write_text(page)
-    return folder / "report.html"
+
+
+def _about(results: dict) -> str:
+    settings, scans = results["evaluate"], results["scans"]
+    source = f"the {settings['part']} part of the split"
+    if settings["root"]:
+        drawn = f", {settings['scans']} drawn by seed {settings['seed']}"
+        source = settings["root"] + (drawn if settings["scans"] else "")
+    return f"{len(scans)} scans of {source}; checkpoint of step {results['checkpoint_step']}"
+
+
+def _warnings(results: dict) -> list[str]:
+    warnings = []
+    if results["trained_on"]:
+        warnings.append(
+            f"{len(results['trained_on'])} of these scans trained the model, so the scores are no "
+            f"measure of new patients: {', '.join(results['trained_on'])}."
+        )
+    if faults := results["faults"]:
+        warnings.append(
+            f"{len(faults)} of {len(faults) + len(results['scans'])} scans could not be scored and "
+            f"are in no number: {' '.join(faults)}"
+        )
+    if "cam" not in results["summary"]:
+        warnings.append("The automatic protocol, cam, was not scored.")
+    return warnings
+
+
+def _tiles(scores: dict) -> str:
+    names = {
+        "dice": "Dice",
+        "nsd": "NSD",
+        "hd95_mm": "HD95, mm",
+        "assd_mm": "ASSD, mm",
+        "failures": "failures",
+    }
+    return "".join(
+        f"<div><b>{text(scores, name, spread=False)}</b><span>{shown}</span></div>"
+        for name, shown in names.items()
+    )
+
+
+def _guidance_rows(results: dict) -> Rows:
+    classifier, prompt = results["classifier"], results["prompt"]
+    positives = f"{prompt['slices']} slices with the organ"
+    negatives = [
+        (f"false positives, {protocol}", text(scores, "false_positive_ml"), "mL a scan")
+        for protocol, scores in results["summary"].items()
+    ]
+    return [
+        ("measure", "value", "over"),
+        ("classifier accuracy", text(classifier, "accuracy"), f"{classifier['slices']} slices"),
+        ("classifier F1", text(classifier, "f1"), f"{classifier['slices']} slices"),
+        ("classifier AUROC", text(classifier, "auroc"), f"{classifier['slices']} slices"),
+        ("IoU of CAM box and true box", text(prompt, "box_iou"), positives),
+        ("share of empty CAMs", text(prompt, "empty_cams"), positives),
+        *negatives,
+    ]
+
+
+def _case_rows(cases: Sequence[Case]) -> Rows:
+    columns = {
+        "scan": ("scan", str),
+        "protocol": ("protocol", str),
+        "dice": ("Dice", "{:.3f}".format),
+        "nsd": ("NSD", "{:.3f}".format),
+        "hd95_mm": ("HD95 [mm]", "{:.1f}".format),
+        "assd_mm": ("ASSD [mm]", "{:.1f}".format),
+        "volume_error": ("vol. error", "{:+.2f}".format),
+        "status": ("status", lambda status: status.replace("_", " ")),
+    }
+    rows = [
+        tuple(
+            "–" if getattr(case, name) is None else shown(getattr(case, name))
+            for name, (_, shown) in columns.items()
+        )
+        for case in cases
+    ]
+    return [tuple(title for title, _ in columns.values()), *rows]
+
+
+def _provenance(results: dict, workdir: pathlib.Path) -> Rows:
+    split = read_json(workdir / SPLIT)
+    return [
+        ("what", "number", "which"),
+        ("scans", str(len(results["scans"])), ", ".join(results["scans"])),
+        *((f"{part} scans of the split", str(len(split[part])), "") for part in PARTS),
+        ("labelled slices", str(len(read_json(workdir / LABELS))), ""),
+        (f"SHA-256 of {SPLIT}", "", results["split_sha256"]),
+        (f"SHA-256 of {LABELS}", "", results["labels_sha256"]),
+        ("checkpoint's step", str(results["checkpoint_step"]), ""),
+    ]
+
+
+def _strips(evaluation: Evaluation) -> str:
+    values = {
+        protocol: [
+            c.dice for c in evaluation.cases if c.protocol == protocol and c.dice is not None
+        ]
+        for protocol, scores in evaluation.summary.items()
+        if scores["dice"]
+    }
+    if not values:
+        return ""
+    means = {protocol: evaluation.summary[protocol]["dice"] for protocol in values}
+    image = _image(figures.strips(values, means, "Dice"), "Dice of each scan under each protocol")
+    caption = (
+        "Each point is a scan, a red cross one with Dice 0; the diamond is the mean, the bar its "
+        "95% interval."
+    )
+    return f'<figure class="plot">{image}<figcaption>{caption}</figcaption></figure>'
 
 
 def _chosen(examples: list[Example]) -> list[tuple[str, Example]]:
     """The best, the median and the worst case, each scan once."""
-    ranked = sorted((e for e in examples if e.dice is not None), key=lambda e: -e.dice)
+    scored = (e for e in examples if e.case.dice is not None)
+    ranked = sorted(scored, key=lambda e: -e.case.dice)
     named = {"best": 0, "worst": len(ranked) - 1, "median": len(ranked) // 2} if ranked else {}
     names: dict[int, str] = {}
     for name, place in named.items():
@@ -65,8 +204,12 @@ def _chosen(examples: list[Example]) -> list[tuple[str, Example]]:
 
 
 def _figure(name: str, example: Example, config) -> str:
-    caption = f"{name}: {html.escape(example.scan)}, Dice {example.dice:.3f}"
-    return f"<figure>{_image(_case(example, config))}<figcaption>{caption}</figcaption></figure>"
+    case = example.case
+    distance = "" if case.hd95_mm is None else f", HD95 {case.hd95_mm:.1f} mm"
+    scan = html.escape(case.scan)
+    caption = f"<b>{name}</b> {scan}, Dice {case.dice:.3f}{distance}; slice {example.slice + 1}"
+    image = _image(_case(example, config), f"{scan}, {name} case")
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _case(example: Example, config) -> Figure:
@@ -76,39 +219,30 @@ def _case(example: Example, config) -> Figure:
         example.predicted,
         example.cam,
         example.box,
+        example.true_box,
         config.input.window,
     )
 
 
-def _image(figure: Figure) -> str:
+def _protocol_table(rows: Rows) -> str:
+    return _table(rows, {protocol: PROTOCOL_NOTES[protocol] for protocol, *_ in rows[1:]}, "scores")
+
+
+def _table(rows: Rows, notes: dict[str, str] | None = None, kind: str = "") -> str:
+    """An HTML table; on a narrow screen each cell names its column."""
+    head, *body = [[html.escape(cell) for cell in row] for row in rows]
+    cells = "".join(f'<th scope="col">{title}</th>' for title in head)
+    lines = [f"<thead><tr>{cells}</tr></thead>"]
+    for first, *others in body:
+        note = f"<small>{(notes or {}).get(first, '')}</small>"
+        named = zip(head[1:], others, strict=True)
+        cells = "".join(f'<td data-column="{title}">{cell}</td>' for title, cell in named)
+        lines.append(f'<tr><th scope="row">{first}{note}</th>{cells}</tr>')
+    return f'<div class="scroll"><table class="{kind}">' + "".join(lines) + "</table></div>"
+
+
+def _image(figure: Figure, about: str) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=150)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" src="data:image/png;base64,{data}">'
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
-       padding: 0 1rem }}
-pre {{ background: #f4f4f4; padding: 1rem; overflow-x: auto; font-size: 14px }}
-img {{ max-width: 100% }} figure {{ margin: 1rem 0 }} figcaption {{ color: #555 }}
-</style></head><body>
-<h1>{title}</h1>
-<p>Scans: {scans}. Dice and HD95 per volume on the scan's own grid; slice columns on slices that
-show the organ, at the model's slice size. Mean ± standard deviation over scans.</p>
-<pre>{table}</pre>
-<ul>{notes}</ul>
-<p>Gate by the classifier: {gate}. A scan where truth and prediction are both empty is not scored;
-one where either is empty counts as a failure, with Dice 0 and the image's diagonal as HD95. No
-distance in mm is given for scans whose file has lost its spacing.</p>
-<h2>Learning curves</h2>{curves}
-<h2>Cases</h2>
-<p>Under the first protocol of the table. Left: <b style="color:{truth}">truth</b> and
-<b style="color:{prediction}">prediction</b>. Right: the class activation map and its
-<b style="color:{box}">box</b>. The slice that shows most of the organ.</p>
-{cases}
-<h2>Config</h2><details><summary>every field</summary><pre>{config}</pre></details>
-</body></html>
-"""
+    return f'<img alt="{about}" src="data:image/png;base64,{data}">'

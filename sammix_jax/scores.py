@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sammix_jax import metrics
+from sammix_jax.cam import mask_to_box
 from sammix_jax.data.geometry import SliceGeometry, slice_geometry
 from sammix_jax.data.volumes import Volume
 from sammix_jax.inference import VolumePrediction
@@ -114,7 +115,9 @@ def score_scan(
             metrics.slice_metrics(truth, _paper_square(logits[z], stored, paper))
             for z, truth in squares.items()
         ]
-        slice_dice, slice_hausdorff = np.mean(per_slice, axis=0) if per_slice else (None, None)
+        slice_dice, slice_hausdorff = (
+            np.mean(per_slice, axis=0).tolist() if per_slice else (None, None)
+        )
         cases.append(
             Case(
                 scan=scan.name,
@@ -137,23 +140,15 @@ def score_scan(
 
 def score_guidance(scan: LabelledScan, prediction: VolumePrediction) -> Guidance:
     """Compares what the classifier says of a scan with what is true."""
-    slices, squares = prediction.slices, prediction.truth
-    shown = np.flatnonzero(squares.any(axis=(1, 2)))
+    slices = prediction.slices
+    true_boxes, absent = (np.asarray(found) for found in mask_to_box(prediction.truth))
+    shown = np.flatnonzero(~absent)
     return Guidance(
         organ_present=scan.organ_pixels > 0,
         organ_probability=slices.organ_probability,
-        box_iou=np.array([metrics.box_iou(slices.box[z], tight_box(squares[z])) for z in shown]),
+        box_iou=np.array([metrics.box_iou(slices.box[z], true_boxes[z]) for z in shown]),
         cam_empty=slices.empty[shown],
     )
-
-
-def tight_box(mask: np.ndarray) -> np.ndarray | None:
-    """The box around a (H, W) bool mask: (4,) XYXY in pixels, maximum edge exclusive; None where
-    the mask is empty."""
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
-        return None
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
 def summarise_cases(cases: Sequence[Case]) -> dict:

@@ -125,16 +125,15 @@ def make_train_step(model: SamMix, optimiser: optax.GradientTransformation, conf
                 boxes=boxes,
                 mutable=["batch_stats"],
             )
-            segments = state.step >= config.train.classifier_warmup_steps
-            loss, metrics = sam_mix_loss(
-                output, masks, batch["image_label"], config.loss, segments.astype(jnp.float32)
-            )
+            # 0 while the classifier warms up: neither masks nor a teacher train SAM then.
+            segments = (state.step >= config.train.classifier_warmup_steps).astype(jnp.float32)
+            loss, metrics = sam_mix_loss(output, masks, batch["image_label"], config.loss, segments)
             if taught:
                 consistency = mask_loss(
                     output.masks.logits[labelled:], pseudo.target, config.loss, pseudo.valid
                 )
                 start, length = config.consistency.start_step, config.consistency.ramp_steps
-                grown = ramp(state.step, start, length) * config.consistency.weight
+                grown = segments * ramp(state.step, start, length) * config.consistency.weight
                 loss += grown * consistency
                 metrics |= {
                     "loss": loss,

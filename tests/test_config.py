@@ -129,6 +129,13 @@ def test_saved_by_another_version(tmp_path):
         ("model.classifier_stride", 4, "one of 32, 16, 8 for model.classifier=resnet38"),
         ("model.lora_targets", ("x",), "some of q, k, v"),
         ("train.batch_labelled", 0, "at least 1"),
+        (
+            "cam.layer",
+            "layer4",
+            "one of last, b2, b3, b4, b5, b6, b7 for model.classifier=resnet38",
+        ),
+        ("model.mask_index", 3, "0, 1 or 2"),
+        ("consistency.confidence", 1.0, "0.5 to below 1"),
         ("evaluate.protocols", ("oracle",), "some of cam, gt_box, none"),
         ("evaluate.part", "holdout", "one of train, val, test"),
         ("checkpoint.every_steps", 0, "at least 1"),
@@ -138,6 +145,30 @@ def test_values_that_no_run_could_use(field, value, expected):
     config = default_config()
     check_config(config)
     config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=rf"config: {field}=.*: expected .*{expected}"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "settings", "expected"),
+    [
+        ("cam.method", {"cam.method": "cam", "cam.layer": "b5"}, "grad_cam"),
+        ("train.box", {"train.box": "gt", "cam.box": False}, "cam where cam.box says no box"),
+        (
+            "train.batch_unlabelled",
+            {"consistency.weight": 1.0, "train.batch_unlabelled": 0},
+            "above 0, for a teacher",
+        ),
+        (
+            "data.slice_range",
+            {"data.slice_range": (0.2, 0.8), "data.central_fraction": 0.3},
+            "where data.central_fraction says",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together(field, settings, expected):
+    config = default_config()
+    config.update_from_flattened_dict(settings)
     with pytest.raises(UserError, match=rf"config: {field}=.*: expected .*{expected}"):
         check_config(config)
 

@@ -1,4 +1,4 @@
-"""Evaluation on whole scans: three protocols, one policy for empty masks, no truth in `cam`."""
+"""Evaluation on whole scans: three protocols, no truth in `cam`, draws, bad scans."""
 
 import csv
 import json
@@ -8,14 +8,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sammix_jax.config import load_config
-from sammix_jax.data import phantom
+from sammix_jax import evaluate as evaluation_module
+from sammix_jax.config import default_config, load_config
+from sammix_jax.data import datasets, phantom
 from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.errors import UserError
-from sammix_jax.evaluate import Case, _summarise, evaluate, result_table, saved_summary
-from sammix_jax.metrics import VolumeScore
-from sammix_jax.report import write_report
+from sammix_jax.evaluate import IncompleteEvaluation, _draw, _read, evaluate
+from sammix_jax.predict import predict
+from sammix_jax.results import results_folder, saved_results
 
 
 @pytest.fixture
@@ -32,130 +33,205 @@ def run(workdir, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Three scans that no run has seen, in LiTS's layout."""
+    folder = tmp_path_factory.mktemp("others")
+    phantom.write_lits(folder, 3, seed=5)
+    return folder
+
+
 def test_unseen_patients_under_three_protocols(run, config):
     evaluation = evaluate(config, run)
     split = read_json(run / "split.json")
     assert {case.scan for case in evaluation.cases} == set(split["test"])
+    assert evaluation.results["scans"] == split["test"]
     assert list(evaluation.summary) == ["cam", "gt_box", "none"]
     for summary in evaluation.summary.values():
         assert summary["scored"] == 1
-        assert 0 <= summary["dice"]["mean"] <= 1
-        assert summary["hd95_mm"]["mean"] > 0
+        assert 0 <= summary["dice"]["mean"] <= 1 and 0 <= summary["nsd"]["mean"] <= 1
+        assert summary["hd95_mm"]["mean"] >= summary["assd_mm"]["mean"] > 0
+        assert summary["dice"]["low"] is None  # one patient tells nothing of others
     by = {case.protocol: case for case in evaluation.cases}
     assert len({case.predicted_ml for case in evaluation.cases}) == 3  # three ways to prompt
+    assert evaluation.results["classifier"]["slices"] == sum(
+        SliceStore.open(run / "store").records[name].shape[0] for name in split["test"]
+    )
+    assert 0 < evaluation.results["prompt"]["box_iou"] <= 1
 
-    table = result_table(evaluation.summary)
-    assert [line.split()[0] for line in table.splitlines()[2:]] == ["cam", "gt_box", "none"]
-    with open(run / "evaluation" / "test" / "cases.csv", newline="") as file:
+    folder = results_folder(config, run)
+    with open(folder / "cases.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 and float(rows[0]["dice"]) == by["cam"].volume.dice
-    assert saved_summary(config, run) == evaluation.summary
-    config.evaluate.gate = True
-    assert saved_summary(config, run) is None
-
-    page = write_report(run / "out", evaluation, config, run).read_text()
-    assert page.count("data:image/png;base64,") == 2  # the curves and the one case
-    assert "gt_box" in page and "http" not in page  # self-contained
-    assert (run / "out" / f"{evaluation.cases[0].scan}.png").exists()
+    assert len(rows) == 3 and float(rows[0]["dice"]) == by["cam"].dice
+    assert saved_results(config, run) == evaluation.results
+    best = [int(p.name) for p in (run / "checkpoints" / "best").iterdir() if p.name.isdigit()]
+    assert [evaluation.results["checkpoint_step"]] == best
 
 
 def test_scores_are_those_of_the_masks_on_the_scans_grid(run, config):
-    """Dice in mm on the original grid, recomputed from the files."""
-    from sammix_jax.predict import predict
-
-    evaluation = evaluate(config, run)
-    record = SliceStore.open(run / "store").records[evaluation.cases[0].scan]
+    """Dice on the original grid, recomputed from the files."""
+    config.evaluate.protocols = ("cam",)
+    (case,) = evaluate(config, run).cases
+    record = SliceStore.open(run / "store").records[case.scan]
     (made,) = predict(config, run, record.image, run / "mask.nii.gz")
     predicted = np.asarray(nib.load(made.mask).dataobj) > 0
     truth = np.asarray(nib.load(record.label).dataobj) > 0
     dice = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
-    assert evaluation.cases[0].volume.dice == pytest.approx(dice, abs=1e-6)
-    assert evaluation.cases[0].predicted_ml == pytest.approx(made.organ_ml)
+    assert case.dice == pytest.approx(dice, abs=1e-6)
+    assert case.predicted_ml == pytest.approx(made.organ_ml)
+    error = (predicted.sum() - truth.sum()) / truth.sum()
+    assert case.volume_error == pytest.approx(error)
 
 
-def test_cam_reads_no_truth(run, config):
-    """Other masks, the same predictions."""
-    before = evaluate(config, run).cases
-    record = SliceStore.open(run / "store").records[before[0].scan]
-    label = nib.load(record.label)
-    shifted = np.roll(np.asarray(label.dataobj), 5, axis=0)
-    copy = run / "other-mask.nii.gz"
-    nib.save(nib.Nifti1Image(shifted, label.affine, label.header), copy)
-    manifest = read_json(run / "store" / "manifest.json")
-    for scan in manifest["scans"]:
-        if scan["name"] == before[0].scan:
-            scan["label"] = str(copy)
-    (run / "store" / "manifest.json").write_text(json.dumps(manifest))
-    after = {case.protocol: case for case in evaluate(config, run).cases}
-    for case in before:
-        same = after[case.protocol].predicted_ml == case.predicted_ml
-        assert same == (case.protocol != "gt_box"), case.protocol
-    assert after["cam"].volume.dice != before[0].volume.dice
+def test_cam_reads_no_truth(run, config, others, tmp_path, monkeypatch):
+    """Every mask replaced by another one: the same predictions to the bit, but for the oracle."""
+    root = tmp_path / "scans"
+    shutil.copytree(others, root)
+    config.evaluate.root = str(root)
+    made = []
+    predict_volume = evaluation_module.predict_volume
+    monkeypatch.setattr(
+        evaluation_module,
+        "predict_volume",
+        lambda *args: made.append(predict_volume(*args)) or made[-1],
+    )
+    before = evaluate(config, run)
+    labels = sorted(root.glob("segmentation-*"))
+    for path in labels:
+        label = nib.load(path)
+        shifted = np.roll(np.asarray(label.dataobj), (9, -5), axis=(0, 1))
+        nib.save(nib.Nifti1Image(shifted, label.affine, label.header), path)
+    after = evaluate(config, run)
+
+    count = len(labels)
+    assert count == 3 and len(made) == 2 * count
+    for one, other in zip(made[:count], made[count:], strict=True):
+        assert not np.array_equal(one.truth, other.truth)
+        for protocol in ("cam", "none"):
+            np.testing.assert_array_equal(one.masks[protocol], other.masks[protocol])
+            np.testing.assert_array_equal(
+                one.slices.logits[protocol], other.slices.logits[protocol]
+            )
+        for name in ("organ_probability", "cam", "box", "empty"):
+            np.testing.assert_array_equal(getattr(one.slices, name), getattr(other.slices, name))
+        assert not np.array_equal(one.masks["gt_box"], other.masks["gt_box"])
+    assert before.summary["cam"]["dice"] != after.summary["cam"]["dice"]
 
 
-def test_another_folder(run, config, tmp_path):
-    phantom.write_totalsegmentator(tmp_path / "other", 1, seed=3)
-    config.evaluate.root = str(tmp_path / "other")
-    config.evaluate.protocols = ("cam",)
-    evaluation = evaluate(config, run)
-    assert [case.scan for case in evaluation.cases] == ["s0000"]
-    (folder,) = (run / "evaluation").glob("other-*")  # beside the run's own
-    assert (folder / "results.json").exists()
+def test_one_bad_scan_does_not_waste_the_others(run, config, others, tmp_path):
+    root = tmp_path / "scans"
+    shutil.copytree(others, root)
+    bad = next(root.glob("segmentation-1.*"))
+    bad.write_bytes(bad.read_bytes()[:200])
+    config.evaluate.root = str(root)
+    config.evaluate.protocols = ("none",)
+    with pytest.raises(IncompleteEvaluation, match=r"1 of 3 scans(.|\n)*segmentation-1") as raised:
+        evaluate(config, run)
+    folder = results_folder(config, run)
+    assert str(folder) in str(raised.value) and folder.parent == run / "evaluation"
+    results = read_json(folder / "results.json")
+    assert results["scans"] == ["volume-0", "volume-2"]
+    assert [bad.name in fault for fault in results["faults"]] == [True]
+    assert raised.value.evaluation.results == results
+    assert saved_results(config, run) is None  # so that it is done again
+
+    for path in root.glob("segmentation-*"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no scan could be scored(.|\n)*segmentation-2"):
+        evaluate(config, run)
 
 
 def test_scans_that_trained_the_model_are_named(run, config, caplog):
     config.evaluate.part = "train"
     config.evaluate.protocols = ("none",)
-    evaluate(config, run)
+    results = evaluate(config, run).results
     assert "2 of these 2 scans trained the model" in caplog.text
+    assert results["trained_on"] == results["scans"]
     caplog.clear()
     config.evaluate.part = "test"
-    evaluate(config, run)
+    assert evaluate(config, run).results["trained_on"] == []
     assert "trained the model" not in caplog.text
 
 
-def test_whole_volumes_are_scored_whatever_part_trained(run, config):
-    """The central part that training keeps limits the slice columns, not the volume."""
-    config.evaluate.protocols = ("cam",)
-    (whole,) = evaluate(config, run).cases
+@pytest.fixture
+def drawn_from(write_scan, ct):
+    """Eleven scans of which two have a mask without the organ."""
+    for n in range(11):
+        mask = np.zeros(ct.shape, np.uint8)
+        mask[4:9, 4:9, 2:4] = n not in (3, 7)
+        write_scan(f"scans/volume-{n}.nii", ct)
+        label = write_scan(f"scans/segmentation-{n}.nii", mask)
+    config = default_config()
+    config.evaluate.root = str(label.parent)
+    config.evaluate.scans = 4
+    return datasets.find_scans(label.parent, "liver"), config
+
+
+def test_a_draw_is_of_scans_that_show_the_organ(drawn_from):
+    scans, config = drawn_from
+    draws = []
+    for seed in range(8):
+        config.evaluate.seed = seed
+        drawn, faults = _draw(scans, config)
+        names = [scan.name for scan in drawn]
+        assert len(set(names)) == 4 and not faults
+        assert names == sorted(names, key=datasets.natural)
+        assert _draw(scans[::-1], config)[0] == drawn  # whatever the order on disk
+        draws.append(tuple(names))
+    chosen = {name for names in draws for name in names}
+    assert chosen == {f"volume-{n}" for n in range(11)} - {"volume-3", "volume-7"}
+    assert len(set(draws)) > 4
+
+
+def test_a_draw_of_more_than_there_are(drawn_from):
+    scans, config = drawn_from
+    config.evaluate.scans = 9
+    assert len(_draw(scans, config)[0]) == 9
+    config.evaluate.scans = 10
+    with pytest.raises(UserError, match=r"evaluate\.scans=10: only 9 of the 11 labelled scans"):
+        _draw(scans, config)
+    scans[0].label.write_bytes(b"no mask")
+    with pytest.raises(UserError, match=r"only 8 of the 11(.|\n)*segmentation-0"):
+        _draw(scans, config)
+
+
+def test_a_draw_passes_over_what_cannot_be_read(drawn_from):
+    scans, config = drawn_from
+    config.evaluate.scans = 9
+    scans[0].label.write_bytes(b"no mask")
+    config.evaluate.scans = 8
+    drawn, faults = _draw(scans, config)
+    assert "volume-0" not in [scan.name for scan in drawn] and len(drawn) == 8
+    assert len(faults) == 1 and "segmentation-0" in faults[0]
+
+
+def test_kept_slices_are_those_of_preparing(drawn_from):
+    scans, config = drawn_from
+    assert _read(scans[0], config).kept == range(6)
+    config.data.slice_range = (0.5, 1.0)
+    assert _read(scans[0], config).kept == range(3, 6)
+    config.data.slice_range = (0.0, 1.0)
+    config.data.central_fraction = 0.5
+    assert _read(scans[0], config).kept == range(2, 3)
+
+
+def test_slices_of_hdf5_are_kept_already(tmp_path):
+    """Files that hold the central slices alone, with image-level labels of their own."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for n in range(6):
+            group = file.create_group(f"Slice{n}")
+            hu = np.full((256, 256), 40 * n - 100, np.float16)
+            group["Slice"] = (hu + np.float16(3055)) / np.float16(8866)
+            group["Segmentation"] = np.zeros((256, 256), np.float16)
+            group.attrs["ImageLabel"] = int(n > 1)
+    (scan,) = datasets.find_scans(tmp_path, "liver")
+    config = default_config()
     config.data.central_fraction = 0.3
-    (central,) = evaluate(config, run).cases
-    assert central.volume == whole.volume and central.truth_ml == whole.truth_ml
-    assert central.slice_dice != whole.slice_dice
-
-
-def test_no_millimetres_without_spacing(run, config, tmp_path):
-    made = phantom.make_patient(3)
-    root = tmp_path / "lost"
-    root.mkdir()
-    labels = made.labels["liver"]
-    nib.save(nib.Nifti1Image(made.image, np.eye(4)), root / "volume-0.nii.gz")
-    nib.save(nib.Nifti1Image(labels, np.eye(4)), root / "segmentation-0.nii.gz")
-    config.evaluate.root = str(root)
-    config.evaluate.protocols = ("gt_box",)
-    (case,) = evaluate(config, run).cases
-    assert case.volume.dice > 0 and case.volume.hd95 is None
-    assert case.truth_ml is None and case.predicted_ml is None
-
-
-def case(dice, hd95, status):
-    return Case("s", "cam", VolumeScore(dice, hd95, status), dice, None, 0.0, 0.0)
-
-
-def test_failures_stay_in_the_mean():
-    summary = _summarise([
-        case(0.9, 4.0, "scored"),
-        case(0.0, 100.0, "prediction_empty"),
-        case(None, None, "both_empty"),
-    ])  # fmt: skip
-    assert summary["dice"]["mean"] == pytest.approx(0.45)
-    assert summary["hd95_mm"]["mean"] == pytest.approx(52.0)
-    assert (summary["scored"], summary["failures"], summary["not_scored"]) == (2, 1, 1)
-    assert summary["slice_hausdorff_px"] is None
-    one = result_table({"cam": _summarise([case(0.9, 4.0, "scored")])})
-    assert "0.900" in one and "±" not in one
-    empty = _summarise([case(None, None, "both_empty")])
-    assert empty["dice"] is None and "–" in result_table({"cam": empty})
+    known = _read(scan, config)
+    assert known.kept == range(6)
+    assert (known.organ_pixels > 0).tolist() == [False, False, True, True, True, True]
+    assert not known.volume.has_spacing
 
 
 def test_refusals(run, config):
@@ -163,6 +239,10 @@ def test_refusals(run, config):
     with pytest.raises(UserError, match=r"evaluate\.root=/nowhere: no such folder"):
         evaluate(config, run)
     config.evaluate.root = ""
+    config.evaluate.scans = 3
+    with pytest.raises(UserError, match=r"evaluate\.scans=3: .*--config\.evaluate\.root=DIR"):
+        evaluate(config, run)
+    config.evaluate.scans = 0
     manifest = read_json(run / "store" / "manifest.json")
     manifest["scans"] = []
     (run / "store" / "manifest.json").write_text(json.dumps(manifest))

@@ -1,6 +1,7 @@
 """Training learns, resumes exactly, and touches nothing but what it should."""
 
 import csv
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +9,24 @@ import numpy as np
 import pytest
 from conftest import small_config
 
+from sammix_jax import losses
 from sammix_jax import train as train_module
-from sammix_jax.cam import CamPrompt
+from sammix_jax.cam import CamPrompt, cam_prompt, mask_to_box
 from sammix_jax.checkpoint import Checkpoints, abstract
+from sammix_jax.config import default_config
 from sammix_jax.data.files import read_json, write_json
+from sammix_jax.data.slices import SliceStore
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import evaluate
+from sammix_jax.inference import make_predict
 from sammix_jax.optim import make_optimiser
 from sammix_jax.prepare import prepare
+from sammix_jax.preprocess import scale_slices
 from sammix_jax.sam_mix import Masks, SamMixOutput, sam_mix
 from sammix_jax.sharding import make_mesh, replicated
 from sammix_jax.train import train
 from sammix_jax.train_log import read_log
-from sammix_jax.train_step import make_init, make_train_step, sam_mix_loss
+from sammix_jax.train_step import TrainState, make_init, make_train_step, sam_mix_loss
 
 
 def final_state(config, workdir):
@@ -200,3 +206,189 @@ def test_loss_options_change_the_loss(config):
     assert loss(bce=0.0, classifier="focal") < plain
     assert loss(bce=0.0, segmentation=0.0) < plain
     assert loss(bce=0.0, dice_smooth=100.0) < plain
+
+
+@pytest.mark.parametrize("classifier", ["cross_entropy", "focal"])
+def test_the_loss_is_the_sum_of_its_weighted_parts(config, classifier):
+    """Classification of all four slices; Dice, cross-entropy and IoU of the two with masks."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    candidates = jax.random.normal(keys[0], (2, 3, 8, 8))
+    output = SamMixOutput(
+        jax.random.normal(keys[1], (4, 2)),
+        cam_prompt(jax.random.uniform(keys[2], (2, 4, 4)), (8, 8)),
+        Masks(candidates[:, 1], candidates, jax.random.uniform(keys[3], (2, 3))),
+    )
+    masks, labels = jnp.zeros((2, 8, 8)).at[:, 2:6, 1:5].set(1), jnp.array([1, 1, 0, 1])
+    weights = config.loss
+    weights.classifier, weights.classification, weights.segmentation = classifier, 0.7, 0.3
+    weights.bce, weights.iou, weights.dice_smooth = 0.2, 0.4, 5.0
+    classes = {"cross_entropy": losses.cross_entropy, "focal": losses.focal_loss}[classifier]
+    truth = jnp.stack([masks] * 3, axis=1)
+    expected = 0.7 * classes(output.class_logits, labels) + 0.3 * (
+        losses.dice_loss(candidates[:, 1], masks, smooth=5.0)
+        + 0.2 * losses.bce_loss(candidates[:, 1], masks)
+        + 0.4 * losses.iou_loss(output.masks.iou, candidates, truth)
+    )
+    loss, _ = sam_mix_loss(output, masks, labels, weights)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+class Seen(Exception):
+    """Carries what a function was called with out of the code that called it."""
+
+
+class Spy:
+    """A model that shows what a training step gives it."""
+
+    def apply(self, variables, images, *, boxes=None, **_):
+        raise Seen(np.asarray(images), boxes)
+
+
+def given_to_the_model(config, hu, masks, step=0):
+    """The slices (B, H, W) and boxes with which a step calls the model."""
+    state = TrainState(jnp.array(step), {"a/b": jnp.zeros(1)}, {}, {}, (), {})
+    batch = {"hu": hu, "mask": masks, "image_label": np.ones(len(hu), np.int32)}
+    with pytest.raises(Seen) as seen:
+        make_train_step(Spy(), make_optimiser(config.train, 10), config)(state, batch)
+    return seen.value.args
+
+
+def bright_organs():
+    """Two slices with masks and one without; HU 100 in the organ, 0 elsewhere."""
+    masks = np.zeros((3, 64, 64), np.uint8)
+    masks[:, 20:44, 10:30] = 1
+    return (masks * 100).astype(np.int16), masks[:2]
+
+
+def test_the_true_box_prompts_in_training_where_asked_for(config):
+    hu, masks = bright_organs()
+    config.train.augment = False
+    assert config.train.box == "cam" and given_to_the_model(config, hu, masks)[1] is None
+    config.train.box = "gt"
+    masks[1] = 0  # as augmentation may leave it
+    _, boxes = given_to_the_model(config, hu, masks)
+    np.testing.assert_array_equal(boxes, [[10, 20, 30, 44], [16, 16, 48, 48]])
+
+
+def test_true_boxes_move_with_augmented_slices(config):
+    hu, masks = bright_organs()
+    config.train.augment, config.train.box = True, "gt"
+    config.input.window = (-50.0, 150.0)  # the organ at 0.75, the rest at 0.25
+    images, boxes = given_to_the_model(config, hu, masks)
+    organ, empty = mask_to_box(images[:2] > 0.5)
+    assert not empty.any()
+    np.testing.assert_allclose(boxes, organ, atol=1.0)
+    assert float(np.abs(boxes - np.array([10, 20, 30, 44])).max()) > 2
+
+
+def test_augment_and_seed_decide_what_the_model_sees(config):
+    hu, masks = bright_organs()
+    config.train.augment = False
+    plain, _ = given_to_the_model(config, hu, masks)
+    np.testing.assert_array_equal(plain, scale_slices(hu, config.input))
+    config.train.augment = True
+    one, again, later = (given_to_the_model(config, hu, masks, step)[0] for step in (3, 3, 4))
+    np.testing.assert_array_equal(one, again)
+    config.seed = 1
+    other, _ = given_to_the_model(config, hu, masks, 3)
+    for images in (plain, later, other):
+        assert float(np.abs(one - images).max()) > 0.1
+
+
+def test_prediction_is_prompted_by_the_cam_whatever_trained(config):
+    """It cannot read `train.box`: a config without that section is all it needs."""
+    hu, _ = bright_organs()
+    model = sam_mix(config)
+    state = jax.eval_shape(make_init(model, make_optimiser(config.train, 10), config))
+    config.unlock()
+    del config.train
+    found = jax.eval_shape(make_predict(model, config, ("cam",)), state.variables, hu, None)
+    assert found.logits["cam"].shape == found.cam.shape == (3, 64, 64)
+
+
+class Toy:
+    """Two weights in place of two networks: one times the slice is the mask, one the class."""
+
+    def apply(self, variables, images, *, segmented, mutable=None, **_):
+        weights = variables["params"]
+        scores = weights["classifier"]["kernel"] * images.mean((1, 2))
+        logits = weights["sam"]["kernel"] * images[:segmented]
+        masks = Masks(logits, logits[:, None], jnp.zeros((segmented, 1)))
+        prompt = CamPrompt(logits, logits > 0, None, jnp.zeros(segmented, bool))
+        output = SamMixOutput(jnp.stack([-scores, scores], axis=1), prompt, masks)
+        return (output, {"batch_stats": {}}) if mutable else output
+
+
+@pytest.mark.parametrize("teacher", [0.0, 1.0])
+def test_the_classifier_warms_up_alone(config, teacher):
+    """Neither masks nor a teacher move SAM before `classifier_warmup_steps`: not by a bit."""
+    config.train.classifier_warmup_steps = 2
+    config.train.schedule, config.train.warmup_steps = "constant", 0
+    config.train.weight_decay, config.train.augment = 0.0, False
+    config.consistency.weight, config.consistency.ramp_steps = teacher, 0
+    config.consistency.confidence = 0.5
+    optimiser = make_optimiser(config.train, 10)
+    weights = {"sam/kernel": jnp.array(0.3), "classifier/kernel": jnp.array(-0.2)}
+    taught = dict(weights) if teacher else {}
+    state = TrainState(jnp.array(0), weights, {}, {}, optimiser.init(weights), taught)
+    step = jax.jit(make_train_step(Toy(), optimiser, config))
+
+    def moved(before, after):
+        return {path for path in weights if before.trainable[path] != after.trainable[path]}
+
+    first, metrics = step(state, noise_batch())
+    second, _ = step(first, noise_batch())
+    third, _ = step(second, noise_batch())
+    assert moved(state, first) == moved(first, second) == {"classifier/kernel"}
+    assert moved(second, third) == set(weights)
+    assert float(metrics["loss"]) == float(metrics["classification_loss"])
+
+
+def test_the_papers_mode_trains_lora_decoder_prompts_and_classifier(config):
+    """SAM's encoder and its constant position table stay, as `train.trainable` has it."""
+    config.train.trainable = default_config().train.trainable
+    config.cam.fusion = "concat"
+    init = make_init(sam_mix(config), make_optimiser(config.train, 10), config)
+    state = jax.eval_shape(init)
+    parts = {"/".join(path.split("/")[:2]) for path in state.trainable}
+    assert {p for p in parts if p.startswith("sam/")} == {
+        "sam/image_encoder", "sam/mask_decoder", "sam/prompt_encoder"
+    }  # fmt: skip
+    assert "fusion/kernel" in state.trainable and "classifier/head/kernel" in state.trainable
+    encoder = [path for path in state.trainable if "image_encoder" in path]
+    assert all("/lora_" in path for path in encoder)
+    frozen = [path for path in state.frozen if "image_encoder" not in path]
+    assert frozen == ["sam/prompt_encoder/position_encoding/gaussian_matrix"]
+
+
+def test_epochs_count_slices_without_masks_and_steps_overrule(
+    workdir, config, tmp_path, monkeypatch
+):
+    """And the quota of each kind in a batch is the config's."""
+    config.train.batch_labelled, config.train.batch_unlabelled = 3, 5
+    made = []
+
+    class Recorded(train_module.Batches):
+        def __post_init__(self):
+            super().__post_init__()
+            made.append(self)
+
+    def stop(_, steps):
+        raise Seen(steps)
+
+    monkeypatch.setattr(train_module, "Batches", Recorded)
+    monkeypatch.setattr(train_module, "make_optimiser", stop)
+
+    def steps_taken(**fields):
+        config.train.update(fields)
+        with pytest.raises(Seen) as seen:
+            train(config, tmp_path, SliceStore.open(workdir / "store"))
+        return seen.value.args[0]
+
+    twice, half = steps_taken(steps=0, epochs=2.0), steps_taken(epochs=0.5)
+    batches = made[0]
+    assert batches.sizes == (3, 5) and batches.seed == config.seed
+    assert len(batches(0)["hu"]) == 8 and len(batches(0)["mask"]) == 3
+    count = len(batches.unlabelled)
+    assert (twice, half) == (math.ceil(2 * count / 5), math.ceil(0.5 * count / 5))
+    assert steps_taken(steps=7) == 7

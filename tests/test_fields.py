@@ -1,0 +1,363 @@
+"""Every field of the config is either tested for what it changes, or known to change no result."""
+
+import ast
+import functools
+import pathlib
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+from sam_cases import TINY
+
+from sammix_jax import train_step
+from sammix_jax.config import default_config
+from sammix_jax.consistency import follow, pseudo_masks, ramp
+from sammix_jax.data import datasets, phantom
+from sammix_jax.data.phantom import DOMAINS
+from sammix_jax.data.slices import SliceId
+from sammix_jax.data.splits import load_or_draw
+from sammix_jax.evaluate import evaluate
+from sammix_jax.inference import OUTSIDE, make_predict, predict_slices
+from sammix_jax.optim import make_optimiser
+from sammix_jax.prepare import prepare
+from sammix_jax.sam_mix import PROTOCOLS, sam_mix
+from sammix_jax.train_step import make_init, make_train_step
+
+TESTS = pathlib.Path(__file__).parent
+
+# Where things lie, and how often they are written or told: no result depends on them.
+PLACES = {
+    "data.root",
+    "data.store",
+    "data.workers",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "log.every_steps",
+    "log.validate_every_steps",
+}
+
+# File → test → the fields of which it tests what they change; it must name them.
+TESTED = {
+    "test_evaluate.py": {
+        "test_scans_that_trained_the_model_are_named": ("evaluate.part",),
+        "test_one_bad_scan_does_not_waste_the_others": ("evaluate.root",),
+        "test_a_draw_is_of_scans_that_show_the_organ": ("evaluate.scans", "evaluate.seed"),
+    },
+    "test_fields.py": {
+        "test_organ_and_label_values_choose_the_masks": (
+            "data.organ",
+            "data.label_values",
+            "evaluate.label_values",
+        ),
+        "test_size_resize_and_central_part_shape_the_store": (
+            "data.size",
+            "data.resize",
+            "data.central_fraction",
+        ),
+        "test_seeds_and_counts_of_the_draw": (
+            "data.split",
+            "data.labelled_slices",
+            "data.seed",
+            "data.labels_seed",
+        ),
+        "test_the_phantom_is_made_as_configured": (
+            "data.phantom.scans",
+            "data.phantom.unlabelled",
+            "data.phantom.domain",
+            "data.phantom.seed",
+        ),
+        "test_the_teachers_fields_reach_the_step": (
+            "consistency.weight",
+            "consistency.ema",
+            "consistency.confidence",
+            "consistency.start_step",
+            "consistency.ramp_steps",
+        ),
+        "test_protocols_and_their_masks": ("evaluate.protocols",),
+        "test_the_gate_empties_slices_called_negative": ("evaluate.gate",),
+        "test_masks_do_not_depend_on_the_batch": ("evaluate.batch",),
+    },
+    "test_optim.py": {
+        "test_the_learning_rate_is_the_length_of_a_step": ("train.learning_rate",),
+        "test_schedules": ("train.schedule", "train.warmup_steps"),
+        "test_decay_spares_biases_and_tables": ("train.weight_decay",),
+        "test_clipping_bounds_the_norm_of_all_gradients_together": ("train.clip_norm",),
+    },
+    "test_prepare.py": {
+        "test_a_part_of_the_height_is_counted_from_the_feet": ("data.slice_range",),
+    },
+    "test_preprocess.py": {
+        "test_the_configs_window_becomes_the_unit_range": ("input.window", "input.scaling"),
+    },
+    "test_sam_mix.py": {
+        "test_both_branches_see_the_normalised_slice": ("input.normalise",),
+        "test_sam_and_its_input_size": ("model.sam", "model.image_size"),
+        "test_lora_adds_two_factors_to_each_projection_named": (
+            "model.lora_rank",
+            "model.lora_targets",
+        ),
+        "test_the_classifier_and_its_stride": ("model.classifier", "model.classifier_stride"),
+        "test_mask_choices": ("model.mask_choice", "model.mask_index"),
+        "test_bfloat16_computes_and_float32_is_kept": ("model.dtype",),
+        "test_remat_computes_more_and_changes_nothing": ("model.remat",),
+        "test_the_plain_cam_is_the_models_where_asked_for": ("cam.method",),
+        "test_a_cam_is_taken_at_the_layer_named": ("cam.layer",),
+        "test_threshold_and_component_reach_the_cam_mask": ("cam.threshold", "cam.component"),
+        "test_concat_starts_as_the_identity_and_learns": ("cam.fusion",),
+        "test_add_fuses_the_averaged_mask_with_every_channel": ("cam.soft",),
+        "test_the_cams_box_prompts_unless_it_is_switched_off": ("cam.box",),
+    },
+    "test_scores.py": {
+        "test_a_case_is_the_metrics_on_the_scans_own_grid": ("evaluate.nsd_tolerance",),
+    },
+    "test_train.py": {
+        "test_augment_and_seed_decide_what_the_model_sees": ("seed", "train.augment"),
+        "test_given_files_are_followed_to_the_end": ("data.split_file", "data.labels_file"),
+        "test_a_frozen_batch_norm_stays": ("model.freeze_batch_norm",),
+        "test_the_loss_is_the_sum_of_its_weighted_parts": (
+            "loss.classifier",
+            "loss.classification",
+            "loss.segmentation",
+            "loss.dice_smooth",
+            "loss.bce",
+            "loss.iou",
+        ),
+        "test_the_papers_mode_trains_lora_decoder_prompts_and_classifier": ("train.trainable",),
+        "test_epochs_count_slices_without_masks_and_steps_overrule": (
+            "train.epochs",
+            "train.steps",
+            "train.batch_labelled",
+            "train.batch_unlabelled",
+        ),
+        "test_the_true_box_prompts_in_training_where_asked_for": ("train.box",),
+        "test_the_classifier_warms_up_alone": ("train.classifier_warmup_steps",),
+    },
+    "test_weights.py": {
+        "test_training_starts_from_both_files": ("model.sam_weights", "model.classifier_weights"),
+    },
+}
+CASES = [
+    (file, name, field) for file in TESTED for name in TESTED[file] for field in TESTED[file][name]
+]
+
+
+def fields(section, prefix="") -> set[str]:
+    """Paths of all leaves, such as cam.fusion."""
+    names = set()
+    for key, value in section.items():
+        names |= fields(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key}
+    return names
+
+
+@functools.cache
+def functions(file: str) -> dict[str, str]:
+    """Name → source, decorators included, of a test file's functions."""
+    text = (TESTS / file).read_text()
+    lines, found = text.splitlines(), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def test_no_field_is_forgotten():
+    tested = [field for _, _, field in CASES]
+    assert sorted([*PLACES, *tested]) == sorted(fields(default_config()))
+
+
+@pytest.mark.parametrize(("file", "name", "field"), CASES)
+def test_the_test_is_there_and_names_the_field(file, name, field):
+    assert name in functions(file), f"{file} has no {name}"
+    assert re.search(rf"\b{field.split('.')[-1]}\b", functions(file)[name])
+
+
+# ---- Fields whose effect belongs to no one module's tests
+
+
+class Stopped(Exception):
+    """Ends a call where a spy has seen enough; carries what it saw."""
+
+
+def stop(*args, **kwargs):
+    raise Stopped(*args, *kwargs.values())
+
+
+def test_the_phantom_is_made_as_configured(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(phantom, "write_lits", stop)
+    made = config.data.phantom
+    made.scans, made.unlabelled, made.domain, made.seed = 7, 3, "unenhanced", 11
+    with pytest.raises(Stopped) as stopped:
+        prepare(config, tmp_path)
+    folder, *about = stopped.value.args
+    assert about == [7, 11, DOMAINS["unenhanced"], 3]
+    made.seed = 12
+    with pytest.raises(Stopped) as stopped:
+        prepare(config, tmp_path)
+    assert stopped.value.args[0] != folder
+
+
+def test_size_resize_and_central_part_shape_the_store(config, write_scan, ct, tmp_path):
+    """A scan of 20 × 16 pixels and 9 slices, all of it organ, on squares of `size` pixels."""
+    ct = np.concatenate([ct, ct[..., :3]], axis=2)
+    config.data.root = str(write_scan("scans/volume-0.nii", ct).parent)
+    write_scan("scans/segmentation-0.nii", np.ones(ct.shape, np.uint8))
+
+    def masks(run):
+        store = prepare(config, tmp_path / run)
+        return np.stack([store.mask(s) for s in store.slices("volume-0")])
+
+    config.data.size, config.data.resize, config.data.central_fraction = 40, "fit", 1.0
+    fitted = masks("fit")
+    assert fitted.shape == (9, 40, 40)
+    assert fitted.any((0, 2)).sum() == 32 and fitted.any((0, 1)).sum() == 40  # rows padded
+    config.data.resize, config.data.size = "stretch", 24
+    stretched = masks("stretch")
+    assert stretched.shape == (9, 24, 24) and stretched.all()
+    config.data.central_fraction = 0.5
+    assert len(masks("central")) == len(range(2, 6))  # ceil(4 - 2) to floor(4 + 2)
+
+
+def test_organ_and_label_values_choose_the_masks(config, tmp_path, monkeypatch):
+    """For training, and for a folder that is only scored; test_datasets.py has what they choose."""
+    monkeypatch.setattr(datasets, "find_scans", stop)
+    config.data.root, config.data.organ, config.data.label_values = "scans", "spleen", (3, 4)
+    with pytest.raises(Stopped) as stopped:
+        prepare(config, tmp_path)
+    assert stopped.value.args[1:] == ("spleen", (3, 4))
+    config.evaluate.root, config.evaluate.label_values = "others", (5,)
+    with pytest.raises(Stopped) as stopped:
+        evaluate(config, tmp_path)
+    assert stopped.value.args[:3] == ("others", "spleen", (5,))
+
+
+class FakeStore:
+    """Eight labelled scans of ten slices, the organ on the upper five."""
+
+    def __init__(self):
+        self.records = {
+            name: types.SimpleNamespace(name=name, has_label=True) for name in "abcdefgh"
+        }
+
+    def slices(self, scan):
+        return tuple(SliceId(scan, position) for position in range(10))
+
+    def image_label(self, s):
+        return int(s.position >= 5)
+
+
+def test_seeds_and_counts_of_the_draw(config, tmp_path):
+    """`seed` draws patients, `labels_seed` their slices; neither disturbs the other."""
+    data = config.data
+    data.split, data.labelled_slices, data.seed, data.labels_seed = (5, 1, 2), 6, 0, 0
+
+    def draw():
+        return load_or_draw(config, FakeStore(), tmp_path)
+
+    split, labels = draw()
+    assert (len(split.train), len(split.val), len(split.test)) == (5, 1, 2)
+    assert len(set(labels)) == 6 and {s.scan for s in labels} <= set(split.train)
+    data.labels_seed = 1
+    again, others = draw()
+    assert again == split and set(others) != set(labels)
+    data.labels_seed, data.seed = 0, 1
+    assert draw()[0] != split
+    data.labelled_slices = 0
+    assert len(draw()[1]) == 5 * 5
+
+
+def test_the_teachers_fields_reach_the_step(config, monkeypatch):
+    """Traced, not run; test_consistency.py has what the functions make of them."""
+    seen = {}
+
+    def spy(function, *args):
+        seen[function.__name__] = args
+        return function(*args)
+
+    for function in (pseudo_masks, ramp, follow):
+        monkeypatch.setattr(train_step, function.__name__, functools.partial(spy, function))
+    batch = {
+        "hu": np.zeros((3, 64, 64), np.int16),
+        "mask": np.zeros((1, 64, 64), np.uint8),
+        "image_label": np.ones(3, np.int32),
+    }
+
+    def trace():
+        seen.clear()
+        model = sam_mix(config).clone(sam_variant=TINY)
+        optimiser = make_optimiser(config.train, 10)
+        state = jax.eval_shape(make_init(model, optimiser, config))
+        return jax.eval_shape(make_train_step(model, optimiser, config), state, batch)
+
+    teacher = config.consistency
+    assert teacher.weight == 0
+    state, metrics = trace()
+    assert not seen and not state.teacher and "consistency_loss" not in metrics
+    teacher.weight, teacher.ema, teacher.confidence = 0.5, 0.75, 0.8
+    teacher.start_step, teacher.ramp_steps = 4, 13
+    state, metrics = trace()
+    assert set(state.teacher) == set(state.trainable) and "consistency_loss" in metrics
+    assert seen["pseudo_masks"][0].shape == (2, 64, 64)  # the slices without masks
+    assert seen["pseudo_masks"][-1] == 0.8
+    assert seen["ramp"][1:] == (4, 13)
+    assert seen["follow"][-1] == 0.75
+
+
+@pytest.fixture(scope="module")
+def prediction():
+    """`predict(probability, **evaluate)`: five slices, by a model whose classifier gives all the
+    same probability; and the slices."""
+    config = small_config()
+    model = sam_mix(config).clone(sam_variant=TINY)
+    hu = np.random.default_rng(0).normal(0, 100, (5, 64, 64)).astype(np.int16)
+    truth = np.zeros((5, 64, 64), bool)
+    truth[:4, 10:30, 20:50] = True
+    like = jax.eval_shape(make_init(model, make_optimiser(config.train, 10), config))
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.1, 0.3, leaf.shape), jnp.float32), like.variables
+    )
+
+    @functools.cache
+    def compiled(protocols, gate):
+        config.evaluate.gate = gate
+        return make_predict(model, config, protocols)
+
+    def predict(probability, protocols=PROTOCOLS, gate=True, batch=5):
+        head = variables["params"]["classifier"]["head"]
+        head["kernel"] = jnp.zeros_like(head["kernel"])
+        head["bias"] = jnp.array([0.0, np.log(probability / (1 - probability))])
+        return predict_slices(compiled(tuple(protocols), gate), variables, hu, truth, batch)
+
+    return predict
+
+
+def test_the_gate_empties_slices_called_negative(prediction):
+    """Of the automatic protocols alone: a box of the truth knows that the organ is there."""
+    gated, open_ = (prediction(0.1, gate=gate).logits for gate in (True, False))
+    for protocol in ("cam", "none"):
+        assert (gated[protocol] == OUTSIDE).all()
+        assert not (open_[protocol] == OUTSIDE).any()
+    np.testing.assert_array_equal(gated["gt_box"], open_["gt_box"])
+    positive = (prediction(0.9, gate=gate).logits for gate in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, *positive)
+
+
+def test_protocols_and_their_masks(prediction):
+    """Only what is asked for is computed, and alike whatever else is."""
+    every = prediction(0.9).logits
+    assert set(every) == set(PROTOCOLS)
+    assert (every["gt_box"][4] == OUTSIDE).all()  # no truth, no box, no mask
+    one = prediction(0.9, protocols=("none",)).logits
+    assert set(one) == {"none"}
+    np.testing.assert_allclose(one["none"], every["none"], rtol=1e-5, atol=1e-4)
+
+
+def test_masks_do_not_depend_on_the_batch(prediction):
+    whole, parts = prediction(0.9, batch=5), prediction(0.9, batch=2)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)  # logits reach 60
