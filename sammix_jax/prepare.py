@@ -86,9 +86,7 @@ def prepare(config, workdir) -> SliceStore:
     return SliceStore.open(store)
 
 
-def kept_slices(
-    depth: int, central_fraction: float, slice_range: tuple[float, float] = (0, 1)
-) -> range:
+def kept_slices(depth: int, central_fraction: float, slice_range: tuple[float, float]) -> range:
     """Which of a scan's slices are kept.
 
     Args:
@@ -102,9 +100,6 @@ def kept_slices(
     # Rounded, or 0.55 * 100 = 55.00000000000001 would take in another slice.
     start, stop = (round(end * depth, 6) for end in slice_range)
     return range(max(0, math.floor(start)), min(depth, math.ceil(stop)))
-
-
-central_slices = kept_slices
 
 
 def _phantom(data, workdir: pathlib.Path) -> pathlib.Path:
