@@ -133,6 +133,11 @@ def check_config(config) -> None:
         config.train.batch_unlabelled > 0 or not taught,
         "above 0, for a teacher (consistency.weight) teaches on these slices",
     )
+    expect(
+        "loss.dice_smooth",
+        config.loss.dice_smooth > 0 or not taught,
+        "above 0 with a teacher (consistency.weight): a slice may have no confident pixel",
+    )
     expect("model.mask_index", config.model.mask_index < 3, "0, 1 or 2")
     expect("consistency.ema", 0 <= config.consistency.ema < 1, "0 to below 1")
     expect("consistency.confidence", 0.5 <= config.consistency.confidence < 1, "0.5 to below 1")

@@ -40,11 +40,13 @@ class SlicePredictions(NamedTuple):
     logits: dict[str, np.ndarray]
 
 
-def make_predict(model: SamMix, config, protocols: tuple[str, ...]):
+def make_predict(model: SamMix, config, protocols: tuple[str, ...], gate: bool | None = None):
     """Returns the jitted `predict(variables, hu, truth) -> SlicePredictions` for one batch.
 
-    `truth` is read by the protocol `gt_box` alone, and is None without it.
+    `truth` is read by the protocol `gt_box` alone, and is None without it. `gate` says whether
+    slices that the classifier calls negative get an empty mask; None takes `evaluate.gate`.
     """
+    gated = config.evaluate.gate if gate is None else gate
 
     def predict(variables: dict, hu: jax.Array, truth: jax.Array | None) -> SlicePredictions:
         images = scale_slices(hu, config.input)  # (B, H, W)
@@ -54,7 +56,7 @@ def make_predict(model: SamMix, config, protocols: tuple[str, ...]):
         prompt = model_.prompt(images, features)
         embeddings = model_.encode(images)
         organ_probability = jax.nn.softmax(class_logits.astype(jnp.float32))[:, POSITIVE]
-        negative = (organ_probability < 0.5) & config.evaluate.gate
+        negative = (organ_probability < 0.5) & gated
         logits = {}
         for protocol in protocols:
             if protocol == "cam":

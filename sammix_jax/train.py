@@ -99,7 +99,8 @@ def train(config, workdir, store: SliceStore) -> bool:
             out_shardings=(sharding, sharding),
             donate_argnums=0,
         )
-        predict = make_predict(model, config, ("cam",))
+        # Gated whatever is reported, so that all scores of a run compare.
+        predict = make_predict(model, config, ("cam",), gate=True)
 
         # ---- Loop
         with (

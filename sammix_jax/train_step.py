@@ -175,7 +175,8 @@ def _views(images: jax.Array, masks: jax.Array, state: TrainState, config):
     strong = distort(images, key) if config.train.augment else images
     if config.consistency.weight > 0:
         labelled = len(masks)
-        strong = jnp.concatenate([strong[:labelled], distort(images[labelled:], key, strength=2.0)])
+        taught = distort(images[labelled:], jax.random.fold_in(key, 1), strength=2.0)
+        strong = jnp.concatenate([strong[:labelled], taught])
     return images, strong, masks
 
 

@@ -1,18 +1,22 @@
 """The teacher: what it says, how it follows, and that slices without masks train the decoder."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.consistency import follow, pseudo_masks, ramp
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import kept_split
 from sammix_jax.losses import bce_loss, dice_loss
 from sammix_jax.optim import make_optimiser
 from sammix_jax.sam_mix import sam_mix
+from sammix_jax.sharding import make_mesh, replicated
 from sammix_jax.train import slices_without_masks
-from sammix_jax.train_step import make_init, make_train_step
+from sammix_jax.train_step import TrainState, _views, make_init, make_train_step
 
 
 def test_only_confident_pixels_count():
@@ -94,6 +98,38 @@ def test_slices_without_masks_train_the_segmentation(taught):
     kept = 6 / 15  # the teacher's share in its sixth step
     expected = kept * state.teacher[name] + (1 - kept) * after.trainable[name]
     np.testing.assert_allclose(after.teacher[name], expected, rtol=1e-6)
+
+
+def test_both_views_and_the_masks_are_in_register(taught):
+    """Bright squares on dark ground stay where their masks are, in either view."""
+    taught.train.augment = True
+    masks = np.zeros((6, 64, 64), np.float32)
+    masks[:, 20:40, 14:44] = 1
+    state = types.SimpleNamespace(step=jnp.array(3))
+    weak, strong, moved = _views(
+        jnp.asarray(0.3 + 0.4 * masks), jnp.asarray(masks[:2]), state, taught
+    )
+    assert float(jnp.abs(moved - masks[:2]).sum()) > 100  # they were moved
+    for i in range(6):
+        # Beyond the slice's edge is air, at 0; the square is what lies above the middle.
+        square = weak[i] > 0.5
+        if i < 2:
+            assert float(jnp.mean(square == (moved[i] > 0))) > 0.99
+        ground = (weak[i] > 0.29) & (weak[i] < 0.31)
+        assert float(strong[i][square].mean() - strong[i][ground].mean()) > 0.15
+    assert float(jnp.abs(strong[2:] - weak[2:]).mean()) > 0.01
+    again = _views(jnp.asarray(0.3 + 0.4 * masks), jnp.asarray(masks[:2]), state, taught)
+    np.testing.assert_array_equal(strong, again[1])
+
+
+def test_the_teacher_is_kept_with_the_run(tmp_path):
+    leaf = lambda value: {"a": jnp.full((2, 3), value)}  # noqa: E731
+    state = TrainState(jnp.array(4), leaf(1.0), {}, leaf(2.0), leaf(3.0), teacher=leaf(4.0))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, 4)
+    with Checkpoints(tmp_path) as checkpoints:
+        kept = checkpoints.restore(abstract(jax.eval_shape(lambda: state), replicated(make_mesh())))
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
 
 
 def test_the_papers_mode_has_no_teacher(config):

@@ -134,7 +134,10 @@ def test_training_starts_from_both_files(start, tmp_path):
     given = {f"sam/{k}": v for k, v in sam.items()}
     given |= {f"classifier/{k}": v for k, v in classifier.items()}
 
+    before = before.replace(teacher=before.trainable)
     after = load_pretrained(before, config)
+    for name, leaf in after.trainable.items():  # the teacher begins where the model does
+        np.testing.assert_array_equal(after.teacher[name], leaf)
     assert jax.tree.structure(after) == jax.tree.structure(before)
     first, now = flat(before), flat(after)
     untouched = {name for name in now if "lora_" in name or "/head/" in name}

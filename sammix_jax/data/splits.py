@@ -76,7 +76,13 @@ def draw_labelled_slices(
     Raises:
       UserError: fewer positive slices than `count`.
     """
-    positive = [s for scan in scans for s in store.slices(scan) if store.image_label(s) == 1]
+    # Of a small organ that shows on a slice, resizing may have left nothing to learn from.
+    positive = [
+        s
+        for scan in scans
+        for s in store.slices(scan)
+        if store.image_label(s) == 1 and store.mask(s).any()
+    ]
     if not positive or count > len(positive):
         raise UserError(
             f"data.labelled_slices={count}: the {len(scans)} training scans show "

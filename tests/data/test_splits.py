@@ -15,7 +15,7 @@ NAMES = [f"volume-{n}" for n in range(131)]
 
 
 def fake_store(tmp_path, scans=8, slices=10, unlabelled=1):
-    """Records alone: the organ on the upper half of each scan's slices."""
+    """Records and masks: the organ on the upper half of each scan's slices."""
     records = [
         ScanRecord(
             name=f"volume-{n}",
@@ -33,7 +33,23 @@ def fake_store(tmp_path, scans=8, slices=10, unlabelled=1):
         )
         for n in range(scans)
     ]
+    for record in records:
+        folder = tmp_path / "store" / "scans" / record.name
+        folder.mkdir(parents=True, exist_ok=True)
+        masks = np.zeros((slices, 8, 8), np.uint8)
+        masks[slices // 2 :, 2:5, 2:5] = 1
+        np.save(folder / "mask.npy", masks)
     return SliceStore(tmp_path / "store", {"organ": "liver"}, records)
+
+
+def test_a_mask_that_resizing_emptied_is_not_drawn(tmp_path):
+    store = fake_store(tmp_path)
+    path = tmp_path / "store" / "scans" / "volume-0" / "mask.npy"
+    masks = np.load(path)
+    masks[7] = 0
+    np.save(path, masks)
+    drawn = draw_labelled_slices(store, ("volume-0",), 0, 0)
+    assert [s.position for s in drawn] == [5, 6, 8, 9]
 
 
 def test_lits_counts():
