@@ -8,9 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sammix_jax.cam import mask_to_box
-from sammix_jax.data import datasets, volumes
+from sammix_jax.data import datasets, hdf5, volumes
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import digest, kept_split, training_digests
+from sammix_jax.data.splits import digest, image_digest, kept_split, training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.inference import VolumePrediction, load_model, make_predict, predict_volume
 from sammix_jax.prepare import kept_slices
@@ -85,8 +85,15 @@ def evaluate(config, workdir) -> Evaluation:
     scans, faults = _scans(config, workdir)
     model, variables = load_model(config, workdir)
     predict = make_predict(model, config, protocols)
-    trained = training_digests(workdir)
-    cases, guidance, examples, seen = [], [], [], []
+    trained = training_scans(config, workdir)
+    if trained.hdf5 != hdf5.is_hdf5(scans[0].image):  # a folder holds scans of one kind
+        kinds = ("HDF5", "NIfTI") if trained.hdf5 else ("NIfTI", "HDF5")
+        _LOG.warning(
+            "the model was trained on %s files and these are %s: nobody can tell whether any of "
+            "them trained it. HDF5 slices are taken as they lie, for they keep no orientation.",
+            *kinds,
+        )
+    cases, guidance, examples, seen, digests = [], [], [], [], {}
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=None):
         try:
             known = _read(scan, config)
@@ -95,7 +102,9 @@ def evaluate(config, workdir) -> Evaluation:
             _LOG.error("%s", error)
             faults.append(str(error))
             continue
-        if _digest(known) in trained:
+        found = _digests(known, prediction)
+        digests[scan.name] = "-".join(found)
+        if trained.digests.intersection(found):
             seen.append(scan.name)
         scored = score_scan(known, prediction, protocols, config)
         cases += scored
@@ -105,7 +114,7 @@ def evaluate(config, workdir) -> Evaluation:
         raise UserError("no scan could be scored:" + _listed(faults))
     if seen:
         _LOG.warning("%d of these %d scans trained the model: %s", len(seen), len(scans), seen[:8])
-    results = collect(config, workdir, cases, guidance, faults, seen)
+    results = collect(config, workdir, cases, guidance, faults, seen, digests)
     evaluation = Evaluation(cases, results, examples)
     folder = results_folder(config, workdir)
     write_results(folder, results, cases)
@@ -209,9 +218,14 @@ def _read(scan: datasets.Scan, config) -> LabelledScan:
     )
 
 
-def _digest(scan: LabelledScan) -> str:
-    kept = scan.organ_pixels[scan.kept.start : scan.kept.stop]
-    return digest(scan.truth.shape, scan.volume.affine.tolist(), kept)
+def _digests(scan: LabelledScan, prediction: VolumePrediction) -> tuple[str, str]:
+    """With the mask, and of the image alone; as preparing and training know the scan."""
+    shape, kept = scan.truth.shape, scan.kept or range(len(scan.truth))
+    organ_pixels = scan.organ_pixels[scan.kept.start : scan.kept.stop]
+    return (
+        digest(shape, scan.volume.affine.tolist(), organ_pixels),
+        image_digest(shape, prediction.hu[kept[len(kept) // 2]]),
+    )
 
 
 def _example(case: Case, prediction: VolumePrediction) -> Example:

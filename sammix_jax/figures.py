@@ -12,7 +12,7 @@ INK = "#8a8f98"
 
 CURVES = {
     "loss in training": ("train/loss", "train/classification_loss", "train/dice_loss"),
-    "validation, slice-wise": ("val/dice", "val/accuracy"),
+    "validation: Dice per volume, accuracy per slice": ("val/dice", "val/accuracy"),
 }
 
 

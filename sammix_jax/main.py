@@ -20,7 +20,6 @@ from sammix_jax import evaluate, predict, prepare, report, results, train
 from sammix_jax.config import check_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data.datasets import natural
-from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import kept_split
 from sammix_jax.errors import UserError
@@ -43,6 +42,8 @@ def _define_config():
         return config_flags.DEFINE_config_file("config", str(default), about)
     except (AttributeError, KeyError) as error:
         sys.exit(_fail(_no_such_field(error)))
+    except UserError as error:
+        sys.exit(_fail(str(error)))
 
 
 def _no_such_field(error: Exception) -> str:
@@ -161,15 +162,18 @@ def _train(config, workdir: pathlib.Path) -> None:
         print(f"\n{workdir} is trained and evaluated; its result:\n")
         _print_results(config, workdir, found)
     prediction = workdir / "prediction.nii.gz"
-    if trained or not prediction.exists():
-        predict.predict(config, workdir, _example_scan(store, workdir), prediction)
+    if found is None or not prediction.exists():
+        predict.predict(config, workdir, _example_scan(config, store, workdir), prediction)
     print(f"overlay     {workdir / 'prediction_overlay.png'}\nprediction  {prediction}")
 
 
-def _example_scan(store: SliceStore, workdir: pathlib.Path) -> str:
-    """A scan that trained nothing: an unlabelled one, else one of the test part."""
+def _example_scan(config, store: SliceStore, workdir: pathlib.Path) -> str:
+    """A scan that trained nothing, where there is one: without a mask, unless a teacher taught on
+    those, or of the test part; else one that only chose the checkpoint; else any."""
+    split = kept_split(workdir)
     unlabelled = [name for name, record in store.records.items() if not record.has_label]
-    name = [*unlabelled, *kept_split(workdir).test, *store.records][0]
+    unseen = [] if config.consistency.weight > 0 else unlabelled
+    name = [*unseen, *split.test, *split.val, *store.records][0]
     return store.records[name].image
 
 
@@ -207,25 +211,29 @@ def _summarise(workdirs: list[pathlib.Path]) -> None:
     """The evaluation of each workdir that the config of the first one, or --config, names."""
     config = _config("summarise", workdirs[0])
     check_config(config)
-    files = [results.results_folder(config, workdir) / results.RESULTS for workdir in workdirs]
-    for workdir, file in zip(workdirs, files, strict=True):
-        if not file.exists():
-            raise UserError(f"{file}: no such file; run --mode=evaluate --workdir={workdir} first.")
-    means = results.over_seeds([read_json(file) for file in files], [str(w) for w in workdirs])
+    found = [results.load_results(config, workdir) for workdir in workdirs]
+    means = results.over_seeds(found, [str(workdir) for workdir in workdirs])
     count, scans = len(means["runs"]), len(means["scans"])
     print(f"mean ± standard deviation over {count} runs, each its mean over {scans} scans\n")
     print(result_table(means))
+    if seen := means["trained_on"]:
+        print(
+            f"\nwarning: {len(seen)} of these scans trained a model, so the means are no measure "
+            f"of new patients: {', '.join(seen)}"
+        )
     if _OUTPUT.value:
         results.write_over_seeds(_OUTPUT.value, means)
         print(f"\nsummary     {pathlib.Path(_OUTPUT.value) / 'summary.json'}")
 
 
 def _parse_flags(argv):
-    """Names a misspelt field or a missing config file without a traceback."""
+    """Names a misspelt field or preset, or a missing config file, without a traceback."""
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
         sys.exit(_fail(_no_such_field(error)))
+    except UserError as error:
+        sys.exit(_fail(str(error)))
     except OSError:
         file = config_flags.get_config_filename(flags.FLAGS["config"])
         sys.exit(_fail(f"--config={file}: cannot be loaded; there are some in configs/."))

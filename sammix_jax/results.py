@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -41,6 +41,7 @@ def collect(
     guidance: Sequence[Guidance],
     faults: Sequence[str],
     trained_on: Sequence[str],
+    digests: Mapping[str, str] | None = None,
 ) -> dict:
     """The content of results.json.
 
@@ -50,6 +51,7 @@ def collect(
       guidance: of every scan.
       faults: what is wrong with each scan that could not be scored.
       trained_on: names of the scans that trained the model.
+      digests: of each scan by name, what `over_seeds` knows it by.
     """
     workdir = pathlib.Path(workdir)
     protocols = [p for p in PROTOCOLS if any(case.protocol == p for case in cases)]
@@ -60,12 +62,13 @@ def collect(
         "classifier": classifier,
         "prompt": prompt,
         "scans": list(dict.fromkeys(case.scan for case in cases)),
+        "digests": dict(digests or {}),
         "trained_on": list(trained_on),
         "faults": list(faults),
         "config": json.loads(config.to_json()),
         "split_sha256": _sha256(workdir / SPLIT),
         "labels_sha256": _sha256(workdir / LABELS),
-        "checkpoint_step": _checkpoint_step(workdir / "checkpoints"),
+        "checkpoint_step": _checkpoint_step(workdir),
     }
 
 
@@ -81,13 +84,36 @@ def write_results(folder, results: dict, cases: Sequence[Case]) -> None:
 
 
 def saved_results(config, workdir) -> dict | None:
-    """The results of an earlier evaluation with the same settings, if there are whole ones."""
+    """The results of the workdir's checkpoint in the same settings, if there are whole ones."""
     path = results_folder(config, workdir) / RESULTS
     if not path.exists():
         return None
     results = read_json(path)
-    same = results["evaluate"] == json.loads(config.evaluate.to_json())
-    return results if same and not results["faults"] else None
+    same_step = results["checkpoint_step"] == _checkpoint_step(pathlib.Path(workdir))
+    sound = same_step and not results["faults"] and not _other_settings(results, config)
+    return results if sound else None
+
+
+def load_results(config, workdir) -> dict:
+    """The results of the workdir's evaluation that the config names.
+
+    Raises:
+      UserError: there are none, or they were made with other settings or another checkpoint.
+    """
+    path = results_folder(config, workdir) / RESULTS
+    again = f"run --mode=evaluate --workdir={workdir}"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {again} first.")
+    results = read_json(path)
+    if differing := _other_settings(results, config):
+        raise UserError(
+            f"{path}: made with {', '.join(differing)}; {again} with these settings, or give those "
+            "it was made with."
+        )
+    made, step = results["checkpoint_step"], _checkpoint_step(pathlib.Path(workdir))
+    if step not in (None, made):  # a workdir may have been copied without its checkpoints
+        raise UserError(f"{path}: of the checkpoint of step {made} (now {step}); {again} again.")
+    return results
 
 
 def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
@@ -98,18 +124,22 @@ def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
       names: what messages call the runs, such as their folders; by number without.
 
     Returns:
-      What `result_table` takes: "evaluate" and "scans" of all of them, "runs" with each one's
-      seeds, and "summary", "classifier" and "prompt" as in the results, each number replaced by
-      {"mean", "std", "count"} over the runs that have one (None where none has): of each run's mean
-      over scans, with the sample's standard deviation, 0 of one run. Counts that all runs agree in
-      stay numbers.
+      What `result_table` takes: "evaluate" and "scans" of all of them, "trained_on" with the scans
+      that trained any of the models, "runs" with each one's seeds, and "summary", "classifier" and
+      "prompt" as in the results, each number replaced by {"mean", "std", "count"} over the runs
+      that have one (None where none has): of each run's mean over scans, with the sample's standard
+      deviation, 0 of one run. Counts that all runs agree in stay numbers.
 
     Raises:
-      UserError: no results, or some that differ in more than seeds; names what differs.
+      UserError: no results; some that lack scans, repeat another run, or differ from the first in
+        more than seeds; names what differs.
     """
     if not results:
         raise UserError("no results to summarise: expected those of one run at least.")
     names = list(names) or [f"run {i}" for i in range(1, len(results) + 1)]
+    for name, each in zip(names, results, strict=True):
+        _refuse_incomplete(name, each)
+    _refuse_repeats(names, results)
     first = _settings(results[0])
     for name, other in zip(names[1:], map(_settings, results[1:]), strict=True):
         differing = [
@@ -130,6 +160,11 @@ def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
     return {
         "evaluate": results[0]["evaluate"],
         "scans": results[0]["scans"],
+        "trained_on": [
+            scan
+            for scan in results[0]["scans"]
+            if any(scan in each["trained_on"] for each in results)
+        ],
         "runs": runs,
         **{
             part: _over([each[part] for each in results])
@@ -158,10 +193,51 @@ def write_over_seeds(folder, means: dict) -> None:
     write_json(folder / "summary.json", means)
 
 
+def _other_settings(results: dict, config) -> list[str]:
+    """The fields of `config.evaluate` that the results were made with otherwise, with both values.
+
+    How many slices go in at a time is no setting: it changes speed alone.
+    """
+    made, now = results["evaluate"], json.loads(config.evaluate.to_json())
+    return [
+        f"evaluate.{field}={made.get(field)} (now {now.get(field)})"
+        for field in sorted({*made, *now} - {"batch"})
+        if made.get(field) != now.get(field)
+    ]
+
+
+def _refuse_incomplete(name: str, results: dict) -> None:
+    if faults := results["faults"]:
+        raise UserError(
+            f"{name}: {len(faults)} scans could not be scored: {' '.join(faults)} Mend them and "
+            "run --mode=evaluate again."
+        )
+    if set(results.get("digests", ())) != set(results["scans"]):
+        raise UserError(
+            f"{name}: its results do not tell by digests which scans were scored, as those of an "
+            "earlier version; run --mode=evaluate again."
+        )
+
+
+def _refuse_repeats(names: Sequence[str], results: Sequence[dict]) -> None:
+    """Runs of one seed on one split and one set of labelled slices are one run."""
+    first = {}
+    for name, each in zip(names, results, strict=True):
+        seed = each["config"]["seed"]
+        run = (seed, each["split_sha256"], each["labels_sha256"])
+        if run in first:
+            raise UserError(
+                f"{name}: repeats {first[run]}, with the same seed={seed}, split and labelled "
+                "slices; a repeat is no new seed: leave one out, or train with other seeds."
+            )
+        first[run] = name
+
+
 def _settings(results: dict) -> dict:
     """What runs to be averaged must agree in."""
     free = {*FREE_FIELDS, *SEED_FIELDS, "evaluate.batch"} - {"evaluate"}
-    return {"scans": results["scans"]} | {
+    scans = {f"digest of {name}": digest for name, digest in results["digests"].items()}
+    return {"scans": results["scans"], **scans} | {
         field: value
         for field, value in flatten_dict(results["config"], sep=".").items()
         if not any(field == f or field.startswith(f"{f}.") for f in free)
@@ -186,10 +262,11 @@ def _sha256(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _checkpoint_step(folder: pathlib.Path) -> int | None:
+def _checkpoint_step(workdir: pathlib.Path) -> int | None:
     """The step that `Checkpoints.restore_best` takes: the best one, else the newest."""
     for kind in ("best", "latest"):
-        steps = [int(path.name) for path in (folder / kind).glob("*") if path.name.isdigit()]
+        folder = workdir / "checkpoints" / kind
+        steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
         if steps:
             return max(steps)
     return None

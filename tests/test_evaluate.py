@@ -13,6 +13,7 @@ from sammix_jax.config import default_config, load_config
 from sammix_jax.data import datasets, phantom
 from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
+from sammix_jax.data.splits import training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import IncompleteEvaluation, _draw, _read, evaluate
 from sammix_jax.predict import predict
@@ -150,7 +151,47 @@ def test_scans_that_trained_the_model_are_named(run, config, caplog):
     caplog.clear()
     config.evaluate.part = "test"
     assert evaluate(config, run).results["trained_on"] == []
-    assert "trained the model" not in caplog.text
+    assert "trained the model" not in caplog.text and "nobody can tell" not in caplog.text
+
+
+def test_copies_of_training_scans_are_known_by_their_images(run, config, tmp_path, monkeypatch):
+    """Under other names and with other masks; those without masks where a teacher taught on them.
+
+    A teacher's checkpoint holds more: here the run's own stands for one that it taught.
+    """
+    records = SliceStore.open(run / "store").records
+    split = read_json(run / "split.json")
+    (unlabelled,) = (record.name for record in records.values() if not record.has_label)
+    root = tmp_path / "copies"
+    root.mkdir()
+    for n, name in enumerate((split["train"][0], split["test"][0], unlabelled), start=90):
+        scan = nib.load(records[name].image)
+        mask = np.zeros(scan.shape, np.uint8)
+        mask[5:15, 5:15, 2:4] = 1
+        nib.save(scan, root / f"volume-{n}.nii")
+        nib.save(nib.Nifti1Image(mask, scan.affine), root / f"segmentation-{n}.nii")
+    config.evaluate.root = str(root)
+    config.evaluate.protocols = ("none",)
+    results = evaluate(config, run).results
+    assert results["trained_on"] == ["volume-90"]
+    assert list(results["digests"]) == results["scans"] == ["volume-90", "volume-91", "volume-92"]
+
+    def with_a_teacher(config, workdir):
+        taught = config.copy_and_resolve_references()
+        taught.consistency.weight = 0.1
+        return training_scans(taught, workdir)
+
+    monkeypatch.setattr(evaluation_module, "training_scans", with_a_teacher)
+    assert evaluate(config, run).results["trained_on"] == ["volume-90", "volume-92"]
+
+
+def test_that_hdf5_may_hold_training_scans_is_told(run, config, tmp_path, caplog):
+    write_hdf5(tmp_path / "scans" / "a.h5")
+    write_hdf5(tmp_path / "scans" / "b.h5")
+    config.evaluate.root = str(tmp_path / "scans")
+    config.evaluate.protocols = ("none",)
+    assert evaluate(config, run).results["trained_on"] == []
+    assert caplog.text.count("trained on NIfTI files and these are HDF5: nobody can tell") == 1
 
 
 @pytest.fixture
@@ -215,16 +256,22 @@ def test_kept_slices_are_those_of_preparing(drawn_from):
     assert _read(scans[0], config).kept == range(2, 3)
 
 
-def test_slices_of_hdf5_are_kept_already(tmp_path):
-    """Files that hold the central slices alone, with image-level labels of their own."""
+def write_hdf5(path):
+    """Six slices, of which the last four are said to show the organ; without masks."""
     h5py = pytest.importorskip("h5py")
-    with h5py.File(tmp_path / "a.h5", "w") as file:
+    path.parent.mkdir(exist_ok=True)
+    with h5py.File(path, "w") as file:
         for n in range(6):
             group = file.create_group(f"Slice{n}")
             hu = np.full((256, 256), 40 * n - 100, np.float16)
             group["Slice"] = (hu + np.float16(3055)) / np.float16(8866)
             group["Segmentation"] = np.zeros((256, 256), np.float16)
             group.attrs["ImageLabel"] = int(n > 1)
+
+
+def test_slices_of_hdf5_are_kept_already(tmp_path):
+    """Files that hold the central slices alone, with image-level labels of their own."""
+    write_hdf5(tmp_path / "a.h5")
     (scan,) = datasets.find_scans(tmp_path, "liver")
     config = default_config()
     config.data.central_fraction = 0.3

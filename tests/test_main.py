@@ -4,11 +4,15 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from sammix_jax import main
+from sammix_jax.config import default_config
+from sammix_jax.data.files import read_json, write_json
 from sammix_jax.sam_mix import PROTOCOLS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -67,6 +71,38 @@ def test_run_again_says_that_it_is_done(trained):
     assert "is trained and evaluated" in again.stdout and "gt_box" in again.stdout
     assert "report.html" in again.stdout and "prediction.nii.gz" in again.stdout
     assert (folder / "evaluation" / "test" / "report.html").stat().st_mtime_ns == before
+
+
+def test_what_an_earlier_checkpoint_made_is_made_anew(trained):
+    folder, _ = trained
+    results, prediction = folder / "evaluation" / "test" / "results.json", "prediction.nii.gz"
+    found = read_json(results)
+    write_json(results, found | {"checkpoint_step": found["checkpoint_step"] - 1})
+    (folder / prediction).write_bytes(b"of that checkpoint")
+    again = run(*SMALL, f"--workdir={folder}")
+    assert again.returncode == 0, again.stderr
+    assert "is trained and evaluated" not in again.stdout
+    assert read_json(results)["checkpoint_step"] == found["checkpoint_step"]
+    assert nib.load(folder / prediction).shape
+
+
+def test_the_example_is_a_scan_that_trained_nothing(tmp_path):
+    records = {
+        name: types.SimpleNamespace(image=f"{name}.nii", has_label=name != "bare")
+        for name in ("trained", "chose", "unseen", "bare")
+    }
+    store = types.SimpleNamespace(records=records)
+    config = default_config()
+
+    def example(test):
+        split = {"train": ["trained"], "val": ["chose"], "test": test}
+        write_json(tmp_path / "split.json", split)
+        return main._example_scan(config, store, tmp_path)
+
+    assert example(["unseen"]) == "bare.nii"
+    config.consistency.weight = 0.1  # a teacher taught on it
+    assert example(["unseen"]) == "unseen.nii"
+    assert example([]) == "chose.nii"
 
 
 def test_evaluate_and_predict_need_no_config(trained, tmp_path):
@@ -166,6 +202,10 @@ def test_mistakes_in_naming_the_config(trained):
     folder, _ = trained
     made = run("--config=configs/nowhere.py", f"--workdir={folder}")
     assert made.returncode == 1 and "configs/nowhere.py: no such file" in made.stderr
+    for more in ([], ["--config.train.steps=4"], ["--mode=evaluate"]):
+        preset = run("--config=configs/lits.py:papr", f"--workdir={folder}", *more)
+        assert preset.returncode == 1 and "Traceback" not in preset.stderr
+        assert "no preset 'papr': expected one of paper, standard" in preset.stderr
     made = run("--mode=evaluate", f"--workdir={folder}", "--config.evaluate.gat=False")
     assert made.returncode == 1 and 'Did you mean "gate"' in made.stderr
     assert "Traceback" not in made.stderr

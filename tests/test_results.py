@@ -17,6 +17,7 @@ from sammix_jax.data.files import read_json, write_json
 from sammix_jax.errors import UserError
 from sammix_jax.results import (
     collect,
+    load_results,
     over_seeds,
     results_folder,
     saved_results,
@@ -45,10 +46,13 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
+DIGESTS = {"b": "12ab-34cd", "c": "56ef-78ab"}
+
+
 def found(run, config=None, dices=(0.8, 0.9), faults=()):
     cases = [case(n, p, d) for n, d in zip("bc", dices, strict=True) for p in ("none", "cam")]
     config = config or default_config()
-    return collect(config, run, cases, [guidance()] * 2, faults, ["b"]), cases
+    return collect(config, run, cases, [guidance()] * 2, faults, ["b"], DIGESTS), cases
 
 
 def test_results_tell_where_they_come_from(run):
@@ -94,6 +98,18 @@ def test_saved_results_are_those_of_the_same_settings_and_whole(run):
     assert saved_results(config, run) is None
 
 
+def test_saved_results_are_those_of_the_present_checkpoint(run):
+    config = default_config()
+    write_results(results_folder(config, run), *found(run))
+    assert saved_results(config, run) == load_results(config, run) == found(run)[0]
+    config.evaluate.batch += 1  # changes no score
+    assert saved_results(config, run) is not None
+    (run / "checkpoints" / "best" / "40").rename(run / "checkpoints" / "best" / "60")
+    assert saved_results(config, run) is None
+    with pytest.raises(UserError, match=r"checkpoint of step 40 \(now 60\); run --mode=evaluate"):
+        load_results(config, run)
+
+
 def seeds(run):
     results = []
     for seed, dices in enumerate([(0.8, 0.9), (0.7, 0.8), (0.9, 1.0)]):
@@ -116,6 +132,7 @@ def test_means_over_seeds(run, tmp_path):
     assert cam["scored"] == 2 and cam["failures"]["mean"] == 1
     assert means["classifier"]["accuracy"]["mean"] == pytest.approx(2 / 3)
     assert [run["data.labels_seed"] for run in means["runs"]] == [0, 1, 2]
+    assert means["trained_on"] == ["b"]
     assert over_seeds(results[:1])["summary"]["cam"]["dice"]["std"] == 0
 
     write_over_seeds(tmp_path / "means", means)
@@ -131,10 +148,18 @@ def test_means_over_seeds(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r["scans"].append("d"), r"scans=\['b', 'c'\] \(now \['b', 'c', 'd'\]\)"),
+        (
+            lambda r: (r["scans"].append("d"), r["digests"].update(d="0-0")),
+            r"scans=\['b', 'c'\] \(now \['b', 'c', 'd'\]\)",
+        ),
         (
             lambda r: r["config"]["evaluate"].update(nsd_tolerance=1.0),
             r"evaluate.nsd_tolerance=2.0 \(now 1.0\)",
+        ),
+        (lambda r: r["config"]["evaluate"].update(gate=False), r"gate=True \(now False\)"),
+        (
+            lambda r: r.update(digests={**r["digests"], "c": "0-0"}),
+            r"digest of c=56ef-78ab \(now 0-0\)",
         ),
         (lambda r: r["config"]["data"].update(labelled_slices=5), r"labelled_slices=50 \(now 5\)"),
     ],
@@ -144,6 +169,34 @@ def test_what_is_not_alike_is_not_averaged(run, change, message):
     change(results[2])
     with pytest.raises(UserError, match=f"runs/2: differs from runs/0.*{message}"):
         over_seeds(results, ["runs/0", "runs/1", "runs/2"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["config"].update(seed=0), "runs/2: repeats runs/0, with the same seed=0"),
+        (lambda r: r["faults"].append("x.nii: cut short."), "runs/2: 1 scans .*x.nii: cut short"),
+        (lambda r: r.pop("digests"), "runs/2: its results do not tell by digests"),
+    ],
+)
+def test_a_run_that_is_no_sample_is_refused(run, change, message):
+    results = copy.deepcopy(seeds(run))
+    change(results[2])
+    with pytest.raises(UserError, match=message):
+        over_seeds(results, ["runs/0", "runs/1", "runs/2"])
+
+
+def test_one_seed_on_other_labelled_slices_is_another_run(run):
+    results = copy.deepcopy(seeds(run))
+    results[2]["config"]["seed"] = 0
+    results[2]["labels_sha256"] = "of other slices"
+    assert len(over_seeds(results)["runs"]) == 3
+
+
+def test_scans_that_trained_any_of_the_models_are_told(run):
+    results = copy.deepcopy(seeds(run))
+    results[0]["trained_on"], results[1]["trained_on"] = [], ["c"]
+    assert over_seeds(results)["trained_on"] == ["b", "c"]
 
 
 def test_places_and_speed_may_differ(run):
@@ -175,6 +228,7 @@ def test_the_command_that_summarises(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "over 3 runs, each its mean over 2 scans" in done.stdout
     assert "cam       0.850 ± 0.100 " in done.stdout
+    assert "warning: 1 of these scans trained a model" in done.stdout
     means = read_json(tmp_path / "means" / "summary.json")
     assert means == over_seeds(seeds(run), [r["run"] for r in means["runs"]])
     two = summarise(f"--workdir={tmp_path}/runs/seed-0,{tmp_path}/runs/seed-2")
@@ -183,6 +237,9 @@ def test_the_command_that_summarises(run, tmp_path):
     lacking = summarise(f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.part=val")
     assert lacking.returncode == 1
     assert "evaluation/val/results.json: no such file; run --mode=evaluate" in lacking.stderr
+    gated = summarise(f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.gate=False")
+    assert gated.returncode == 1
+    assert "results.json: made with evaluate.gate=True (now False); run --mode=ev" in gated.stderr
     nowhere = summarise(f"--workdir={tmp_path}/nowhere-*")
     assert nowhere.returncode == 1 and "nowhere-*: no such folder" in nowhere.stderr
-    assert "Traceback" not in lacking.stderr + nowhere.stderr
+    assert "Traceback" not in lacking.stderr + gated.stderr + nowhere.stderr

@@ -8,11 +8,12 @@ import pathlib
 import numpy as np
 
 from sammix_jax.data.files import read_json, write_json
+from sammix_jax.data.hdf5 import is_hdf5
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.errors import UserError
 
 PARTS = ("train", "val", "test")
-SPLIT, LABELS, SCANS = "split.json", "labels.json", "scans.json"
+SPLIT, LABELS, SCANS, IMAGES = "split.json", "labels.json", "scans.json", "images.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,19 @@ class Split:
     def part(self, name: str) -> tuple[str, ...]:
         """The scans of `train`, `val` or `test`."""
         return getattr(self, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingScans:
+    """What the scans that trained a workdir are known by.
+
+    Attributes:
+      digests: `image_digest` of each, and `digest` of the labelled ones.
+      hdf5: whether they are HDF5 files, whose copies in NIfTI have other digests.
+    """
+
+    digests: frozenset[str]
+    hdf5: bool
 
 
 def split_scans(names: list[str], ratio: tuple[int, int, int], seed: int) -> Split:
@@ -127,13 +141,19 @@ def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceI
 
 def keep(split: Split, labels: list[SliceId], store: SliceStore, workdir) -> None:
     """Writes split.json and labels.json, in the form that `data.split_file` and `data.labels_file`
-    take, and scans.json, by which the workdir knows its scans again."""
+    take; scans.json, by which the workdir knows its labelled scans again; and images.json, by which
+    it knows any of its scans without their masks."""
     workdir = pathlib.Path(workdir)
     write_json(workdir / SPLIT, dataclasses.asdict(split))
     # The canonical slice index, which still holds for a store of other slices.
     slices = [{"scan": s.scan, "slice": store.records[s.scan].slices[s.position]} for s in labels]
     write_json(workdir / LABELS, slices)
     write_json(workdir / SCANS, _digests(store))
+    images = {
+        name: {"file": record.image, "digest": _image_digest(store, name)}
+        for name, record in store.records.items()
+    }
+    write_json(workdir / IMAGES, images)
 
 
 def kept_split(workdir) -> Split:
@@ -159,10 +179,41 @@ def digest(shape, affine, organ_pixels) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
-def training_digests(workdir) -> set[str]:
-    """Digests of the scans that trained a workdir."""
-    known = read_json(pathlib.Path(workdir) / SCANS)
-    return {known[name] for name in kept_split(workdir).train}
+def image_digest(shape, middle: np.ndarray) -> str:
+    """What tells scans apart by their images alone, whatever their masks, affines and files.
+
+    Args:
+      shape: (D, H, W) of the canonical volume.
+      middle: (S, S) int16 HU on the store's grid, the slice at position N // 2 of the N kept ones.
+    """
+    about = json.dumps([int(n) for n in shape]).encode() + np.asarray(middle, "<i2").tobytes()
+    return hashlib.sha256(about).hexdigest()[:16]
+
+
+def training_scans(config, workdir) -> TrainingScans:
+    """The scans that trained a workdir: the split's, and with a teacher the unlabelled ones too.
+
+    Args:
+      config: the run's config; `config.consistency.weight` says whether there was a teacher.
+      workdir: a trained workdir.
+
+    Raises:
+      UserError: the workdir lacks one of its files.
+    """
+    workdir = pathlib.Path(workdir)
+    if not (workdir / IMAGES).exists():
+        raise UserError(
+            f"{workdir / IMAGES}: no such file, so nobody can tell which scans trained the model; "
+            "run the command that trained the workdir again, which writes the file."
+        )
+    labelled, images = read_json(workdir / SCANS), read_json(workdir / IMAGES)
+    split = kept_split(workdir)
+    unlabelled = [n for n in images if n not in labelled] if config.consistency.weight > 0 else []
+    trained = [images[name] for name in (*split.train, *unlabelled)]
+    return TrainingScans(
+        frozenset(labelled[name] for name in split.train) | {scan["digest"] for scan in trained},
+        any(is_hdf5(scan["file"]) for scan in trained),
+    )
 
 
 def _digests(store: SliceStore) -> dict[str, str]:
@@ -171,6 +222,11 @@ def _digests(store: SliceStore) -> dict[str, str]:
         for name, record in store.records.items()
         if record.has_label
     }
+
+
+def _image_digest(store: SliceStore, name: str) -> str:
+    slices = store.slices(name)
+    return image_digest(store.records[name].shape, store.hu(slices[len(slices) // 2]))
 
 
 def _refuse_other_scans(store: SliceStore, workdir: pathlib.Path) -> None:

@@ -8,8 +8,16 @@ import pytest
 
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.slices import ScanRecord, SliceStore
-from sammix_jax.data.splits import draw_labelled_slices, keep, load_or_draw, split_scans
+from sammix_jax.data.splits import (
+    draw_labelled_slices,
+    image_digest,
+    keep,
+    load_or_draw,
+    split_scans,
+    training_scans,
+)
 from sammix_jax.errors import UserError
+from sammix_jax.train import slices_without_masks
 
 NAMES = [f"volume-{n}" for n in range(131)]
 
@@ -33,12 +41,14 @@ def fake_store(tmp_path, scans=8, slices=10, unlabelled=1):
         )
         for n in range(scans)
     ]
-    for record in records:
+    hu = np.random.default_rng(0).integers(-200, 200, (scans, slices, 8, 8), np.int16)
+    for record, scan_hu in zip(records, hu, strict=True):
         folder = tmp_path / "store" / "scans" / record.name
         folder.mkdir(parents=True, exist_ok=True)
         masks = np.zeros((slices, 8, 8), np.uint8)
         masks[slices // 2 :, 2:5, 2:5] = 1
         np.save(folder / "mask.npy", masks)
+        np.save(folder / "hu.npy", scan_hu)
     return SliceStore(tmp_path / "store", {"organ": "liver"}, records)
 
 
@@ -123,6 +133,39 @@ def test_a_workdir_knows_its_scans(tmp_path, config):
     store.records["volume-2"] = dataclasses.replace(record, organ_pixels=(1,) * 10)
     with pytest.raises(UserError, match="begun on other scans: volume-2"):
         load_or_draw(config, store, tmp_path)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_every_scan_that_trains_is_known_by_its_image(tmp_path, config, weight):
+    """And by its mask, if it has one; the same scans as training takes slices from."""
+    store = fake_store(tmp_path, unlabelled=2)
+    config.data.labelled_slices = 4
+    config.consistency.weight = weight
+    split, labels = load_or_draw(config, store, tmp_path)
+    keep(split, labels, store, tmp_path)
+    slices = slices_without_masks(config, store, split, labels)
+    names = {s.scan for s in (*slices, *labels)}
+    assert names == set(split.train) | ({"volume-6", "volume-7"} if weight else set())
+
+    trained = training_scans(config, tmp_path)
+    for name in store.records:
+        middle = np.load(tmp_path / "store" / "scans" / name / "hu.npy")[5]
+        assert (image_digest((10, 8, 8), middle) in trained.digests) == (name in names)
+    digests = json.loads((tmp_path / "scans.json").read_text())
+    assert trained.digests >= {digests[name] for name in split.train}
+    assert not trained.hdf5
+
+
+def test_training_on_hdf5_is_known(tmp_path, config):
+    store = fake_store(tmp_path)
+    config.data.labelled_slices = 4
+    for name, record in store.records.items():
+        store.records[name] = dataclasses.replace(record, image=f"{name}.h5")
+    keep(*load_or_draw(config, store, tmp_path), store, tmp_path)
+    assert training_scans(config, tmp_path).hdf5
+    (tmp_path / "images.json").unlink()
+    with pytest.raises(UserError, match=r"images\.json: .*run the command that trained"):
+        training_scans(config, tmp_path)
 
 
 @pytest.mark.parametrize(
