@@ -6,8 +6,8 @@ Trains each row and scores it on the six unseen patients of its own domain (port
 of the second domain (unenhanced, other scanner, other orientation), under the three protocols. All
 rows share the scans, the patients of each part and the two test sets; a seed draws the labelled
 slices and the initial weights. A row that is done is not done again, so the command may be stopped
-and repeated. Then WORKDIR receives `labels.md`, the tables, `labels.csv`, the same numbers, and
-`labels.png`.
+and repeated; a row that was made with other settings is refused. WORKDIR receives `labels.md`, the
+tables, `labels.csv`, the same numbers, and `labels.png`.
 
 On the CPU, with MALLOC_ARENA_MAX=1 as in the Makefile: 2 to 4 minutes a row.
 """
@@ -19,6 +19,7 @@ import itertools
 import logging
 import os
 import pathlib
+import sys
 import time
 
 import jax
@@ -26,34 +27,45 @@ import jax
 from benchmarks.label_tables import Row, cells, markdown, plot, write_csv
 from configs import labels
 from sammix_jax import evaluate, prepare, results, train
+from sammix_jax.config import check_workdir
 from sammix_jax.data import phantom
+from sammix_jax.errors import UserError
 from sammix_jax.sam_mix import PROTOCOLS
 
 DOMAINS = ("portal", "unenhanced")
 SECOND_SCANS, SECOND_SEED = 6, 1
 
 
-def row_config(variant: str, count: int, seed: int, folder: pathlib.Path):
-    """The config of one row, with the data that all rows share below `folder`."""
+def row_config(variant: str, count: int, seed: int, folder: pathlib.Path, steps: int = 0):
+    """The config of one row, whose data lie below `folder` as those of all rows.
+
+    Raises:
+      UserError: no such variant.
+    """
     config = labels.get_config(variant)
     config.data.labelled_slices = count
     config.data.labels_seed = config.seed = seed
-    made = config.data.phantom
     config.data.root = str(folder / "portal")
     config.data.store = str(folder / "store")
-    phantom.write_lits(
-        config.data.root, made.scans, made.seed, phantom.DOMAINS["portal"], made.unlabelled
-    )
+    if steps:
+        config.train.steps = steps
     return config
 
 
 def run_row(variant: str, count: int, seed: int, folder: pathlib.Path, steps: int) -> list[Row]:
-    """Trains and scores one row, as far as that is not done. Returns it for both domains."""
-    config = row_config(variant, count, seed, folder)
-    if steps:
-        config.train.steps = steps
+    """Trains and scores one row, as far as that is not done. Returns it for both domains.
+
+    Raises:
+      UserError: no such variant, or the row's folder was made with other settings.
+    """
+    config = row_config(variant, count, seed, folder, steps)
     workdir = folder / f"{variant}-k{count}-s{seed}"
-    second = folder / "unenhanced"
+    # Training checks it too, but a finished row is not trained.
+    check_workdir(config, workdir)
+    made, second = config.data.phantom, folder / "unenhanced"
+    phantom.write_lits(
+        config.data.root, made.scans, made.seed, phantom.DOMAINS["portal"], made.unlabelled
+    )
     phantom.write_lits(second, SECOND_SCANS, SECOND_SEED, phantom.DOMAINS["unenhanced"])
     rows = []
     for domain, root in zip(DOMAINS, ("", str(second)), strict=True):
@@ -62,15 +74,16 @@ def run_row(variant: str, count: int, seed: int, folder: pathlib.Path, steps: in
             train.train(config, workdir, prepare.prepare(config, workdir))
             evaluate.evaluate(config, workdir)
             jax.clear_caches()
-        cases = results.results_folder(config, workdir) / results.CASES
-        rows.append(Row(variant, count, seed, domain, cases))
+        rows.append(Row(variant, count, seed, domain, results.results_folder(config, workdir)))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/labels"))
-    parser.add_argument("--variants", nargs="+", default=list(labels.VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", choices=labels.VARIANTS, default=list(labels.VARIANTS)
+    )
     parser.add_argument("--counts", nargs="+", type=int, default=[5, 50, 100])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="0 takes the config's")
@@ -85,7 +98,10 @@ def main() -> None:
     # Seeds outermost: what is cut short has all rows of the first seed.
     for seed, count, variant in itertools.product(args.seeds, args.counts, args.variants):
         begin = time.monotonic()
-        rows += run_row(variant, count, seed, args.workdir, args.steps)
+        try:
+            rows += run_row(variant, count, seed, args.workdir, args.steps)
+        except UserError as error:
+            sys.exit(f"error: {error}")
         print(f"{variant} k={count} seed={seed}: {time.monotonic() - begin:.0f} s", flush=True)
         found = cells(rows)
         write_csv(found, args.workdir / "labels.csv")

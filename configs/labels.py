@@ -6,12 +6,19 @@ Command   make bench-labels     (all rows; stop it and run it again, it goes on)
               --workdir=DIR     (one row)
 Data      phantom abdomens, portal phase: 15 patients train, 3 validate, 6 test, the same for every
           row; S draws the K labelled slices and the initial weights
+Labels    K counts the training masks alone: all slices of the 15 patients give their image-level
+          label, and the 3 that validate have masks on every slice, which choose the best checkpoint
 Model     mini SAM at 64 with a small ResNet, trained whole from random weights
 Hardware  2 CPU cores: 2 to 4 minutes a row
 Expected  docs/results.md
+
+Rows have as many steps, not the same cost and data: with `teacher` every slice of a batch is
+segmented, and those without masks by the teacher too, so a step makes more passes; and this row
+alone also sees the two scans without masks.
 """
 
 from configs import quickstart
+from sammix_jax.errors import UserError
 
 VARIANTS = {
     "sam_mix": {},
@@ -26,6 +33,13 @@ VARIANTS = {
 
 
 def get_config(variant: str = "sam_mix"):
+    """The config of a variant.
+
+    Raises:
+      UserError: no such variant.
+    """
+    if variant not in VARIANTS:
+        raise UserError(f"config: no variant {variant!r}: expected one of {', '.join(VARIANTS)}.")
     config = quickstart.get_config()
     config.data.size = 64
     config.model.image_size = 64

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from configs import lits, totalsegmentator
+from configs import labels, lits, totalsegmentator
 from sammix_jax.config import claim_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.errors import UserError
@@ -23,6 +23,22 @@ def test_every_config_describes_a_model(name):
     config.update(module.get_config())  # one that only says how to evaluate leaves the rest open
     check_config(config)
     sam_mix(config)
+
+
+@pytest.mark.parametrize("variant", labels.VARIANTS)
+def test_variants_of_the_labels_config(variant):
+    config = labels.get_config(variant)
+    check_config(config)
+    changed = labels.VARIANTS[variant]
+    plain = labels.get_config("sam_mix")
+    assert (config.to_dict() == plain.to_dict()) == (not changed)
+    plain.update_from_flattened_dict(changed)
+    assert config.to_dict() == plain.to_dict()
+
+
+def test_an_unknown_variant_is_named():
+    with pytest.raises(UserError, match="no variant 'techer': expected one of sam_mix, no_fusion"):
+        labels.get_config("techer")
 
 
 def test_totalsegmentator_says_only_how_to_evaluate():

@@ -1,0 +1,65 @@
+"""Rows of the label-efficiency benchmark: a finished one is taken as it is, or refused."""
+
+import json
+
+import pytest
+
+from benchmarks import labels
+from configs.labels import VARIANTS
+from sammix_jax.config import claim_workdir
+from sammix_jax.data.files import write_json
+from sammix_jax.errors import UserError
+from sammix_jax.results import results_folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A finished row of 20 steps; to make data or to train is an error."""
+
+    def never(*args, **kwargs):
+        raise AssertionError("a finished row was not taken")
+
+    monkeypatch.setattr(labels.prepare, "prepare", never)
+    monkeypatch.setattr(labels.train, "train", never)
+    config = labels.row_config("no_box", 5, 2, tmp_path, steps=20)
+    workdir = tmp_path / "no_box-k5-s2"
+    claim_workdir(config, workdir)
+    (workdir / "checkpoints" / "best" / "20").mkdir(parents=True)
+    for root in ("", str(tmp_path / "unenhanced")):
+        config.evaluate.root = root
+        evaluate = json.loads(config.evaluate.to_json())
+        results = {"evaluate": evaluate, "checkpoint_step": 20, "faults": []}
+        write_json(results_folder(config, workdir) / "results.json", results)
+    return tmp_path
+
+
+def test_a_finished_row_is_taken(folder, monkeypatch):
+    monkeypatch.setattr(labels.phantom, "write_lits", lambda *args: None)
+    portal, unenhanced = labels.run_row("no_box", 5, 2, folder, 20)
+    assert (portal.variant, portal.count, portal.seed) == ("no_box", 5, 2)
+    assert (portal.domain, unenhanced.domain) == labels.DOMAINS
+    assert portal.folder == folder / "no_box-k5-s2" / "evaluation" / "test"
+    assert unenhanced.folder.name.startswith("unenhanced-")
+
+
+@pytest.mark.parametrize(
+    ("steps", "edit", "named"),
+    [
+        (30, {}, r"train\.steps=20 \(now 30\)"),
+        (0, {}, r"train\.steps=20 \(now 300\)"),
+        (20, {"cam.threshold": 0.4}, r"cam\.threshold=0\.2 \(now 0\.4\)"),
+    ],
+)
+def test_a_row_made_with_other_settings_is_refused(folder, monkeypatch, steps, edit, named):
+    monkeypatch.setitem(VARIANTS, "no_box", VARIANTS["no_box"] | edit)
+    with pytest.raises(UserError, match=rf"no_box-k5-s2.config\.json.*made with {named};"):
+        labels.run_row("no_box", 5, 2, folder, steps)
+    assert [path.name for path in folder.iterdir()] == ["no_box-k5-s2"]  # before data are made
+
+
+def test_rows_share_their_data_and_patients(tmp_path):
+    one = labels.row_config("sam_mix", 5, 0, tmp_path)
+    other = labels.row_config("sam_mix", 100, 2, tmp_path)
+    for config in (one, other):
+        config.data.labelled_slices, config.data.labels_seed, config.seed = 0, 0, 0
+    assert one.to_dict() == other.to_dict()
