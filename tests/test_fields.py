@@ -249,6 +249,9 @@ class FakeStore:
     def image_label(self, s):
         return int(s.position >= 5)
 
+    def mask(self, s):
+        return np.full((2, 2), self.image_label(s), np.uint8)
+
 
 def test_seeds_and_counts_of_the_draw(config, tmp_path):
     """`seed` draws patients, `labels_seed` their slices; neither disturbs the other."""
