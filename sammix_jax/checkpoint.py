@@ -13,7 +13,7 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
-from sammix_jax.config import preprocessing
+from sammix_jax.config import differing_fields, preprocessing
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.errors import UserError
 from sammix_jax.train_step import TrainState
@@ -68,12 +68,7 @@ class Checkpoints:
                 "these weights were trained with; copy the whole checkpoints folder."
             )
         kept, given = read_json(self._preprocessing), preprocessing(config)
-        differing = [
-            f"{field}={kept.get(field)} (now {value})"
-            for field, value in given.items()
-            if kept.get(field) != value
-        ]
-        if differing:
+        if differing := differing_fields({field: kept.get(field) for field in given}, given):
             raise UserError(
                 f"{self._preprocessing}: these weights were trained with {', '.join(differing)}; "
                 "leave these fields out to take the checkpoint's."

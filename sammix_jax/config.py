@@ -169,16 +169,21 @@ def check_workdir(config, workdir) -> None:
     if not path.exists():
         return
     saved, given = _flat(read_json(path)), _flat(json.loads(config.to_json()))
-    differing = [
-        f"{key}={saved.get(key)} (now {given.get(key)})"
-        for key in sorted(saved | given)
-        if saved.get(key) != given.get(key) and not _is_free(key)
-    ]
-    if differing:
+    pinned = [{k: v for k, v in fields.items() if not _is_free(k)} for fields in (saved, given)]
+    if differing := differing_fields(*pinned):
         raise UserError(
             f"{path}: this workdir was made with {', '.join(differing)}; give another --workdir, "
             "or the same settings."
         )
+
+
+def differing_fields(before: dict, now: dict) -> list[str]:
+    """The fields in which two flat dicts differ, each as `field=before (now other)`, by name."""
+    return [
+        f"{field}={before.get(field)} (now {now.get(field)})"
+        for field in sorted(before | now)
+        if before.get(field) != now.get(field)
+    ]
 
 
 def preprocessing(config) -> dict:

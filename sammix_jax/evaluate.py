@@ -13,7 +13,7 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import digest, image_digest, kept_split, training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.inference import VolumePrediction, load_model, make_predict, predict_volume
-from sammix_jax.prepare import kept_slices
+from sammix_jax.prepare import kept_slices, store_folder
 from sammix_jax.results import collect, results_folder, write_results
 from sammix_jax.sam_mix import PROTOCOLS
 from sammix_jax.scores import Case, LabelledScan, score_guidance, score_scan
@@ -136,7 +136,7 @@ def _scans(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
             "--config.evaluate.root=DIR, or set 0 to score the split's whole part."
         )
     split = kept_split(workdir)
-    store = pathlib.Path(config.data.store or pathlib.Path(workdir) / "store")
+    store = store_folder(config, workdir)
     records = SliceStore.open(store).records
     names = split.part(config.evaluate.part)
     if not names:

@@ -18,6 +18,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+from sammix_jax.config import differing_fields
 from sammix_jax.data import datasets, paper, phantom, volumes
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.geometry import slice_geometry
@@ -43,7 +44,7 @@ def prepare(config, workdir) -> SliceStore:
     """
     data = config.data
     root = pathlib.Path(data.root) if data.root else _phantom(data, pathlib.Path(workdir))
-    store = pathlib.Path(data.store or pathlib.Path(workdir) / "store")
+    store = store_folder(config, workdir)
     scans = datasets.find_scans(root, data.organ, tuple(data.label_values))
     params = {
         "organ": data.organ,
@@ -84,6 +85,11 @@ def prepare(config, workdir) -> SliceStore:
     if without:
         _LOG.warning("masks without any %s: %d scans%s", data.organ, len(without), _listed(without))
     return SliceStore.open(store)
+
+
+def store_folder(config, workdir) -> pathlib.Path:
+    """Where the slice store is: `data.store`, or WORKDIR/store."""
+    return pathlib.Path(config.data.store or pathlib.Path(workdir) / "store")
 
 
 def kept_slices(depth: int, central_fraction: float, slice_range: tuple[float, float]) -> range:
@@ -216,10 +222,9 @@ def _refuse_another_store(store: pathlib.Path, params: dict, scans: list[dataset
         "delete the folder or place this run's store elsewhere with --config.data.store=DIR "
         "(and give another --workdir)."
     )
-    differing = sorted(k for k in params if params[k] != found.params.get(k))
-    if differing:
-        listed = ", ".join(f"data.{k}={found.params.get(k)} (now {params[k]})" for k in differing)
-        raise UserError(f"{store}: prepared with {listed}; {fix}")
+    made, now = ({f"data.{k}": of.get(k) for k in params} for of in (found.params, params))
+    if differing := differing_fields(made, now):
+        raise UserError(f"{store}: prepared with {', '.join(differing)}; {fix}")
     vanished = sorted(set(found.records) - {scan.name for scan in scans}, key=datasets.natural)
     if vanished:
         raise UserError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from sammix_jax.config import FREE_FIELDS
+from sammix_jax.config import FREE_FIELDS, differing_fields
 from sammix_jax.data.files import read_json, whole_file, write_json
 from sammix_jax.data.splits import LABELS, SPLIT
 from sammix_jax.errors import UserError
@@ -142,12 +142,7 @@ def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
     _refuse_repeats(names, results)
     first = _settings(results[0])
     for name, other in zip(names[1:], map(_settings, results[1:]), strict=True):
-        differing = [
-            f"{field}={first.get(field)} (now {other.get(field)})"
-            for field in sorted(first | other)
-            if first.get(field) != other.get(field)
-        ]
-        if differing:
+        if differing := differing_fields(first, other):
             listed = ", ".join(differing[:8])
             raise UserError(
                 f"{name}: differs from {names[0]} by more than seeds: {listed}; summarise runs of "
@@ -198,12 +193,11 @@ def _other_settings(results: dict, config) -> list[str]:
 
     How many slices go in at a time is no setting: it changes speed alone.
     """
-    made, now = results["evaluate"], json.loads(config.evaluate.to_json())
-    return [
-        f"evaluate.{field}={made.get(field)} (now {now.get(field)})"
-        for field in sorted({*made, *now} - {"batch"})
-        if made.get(field) != now.get(field)
+    settings = [
+        {f"evaluate.{field}": value for field, value in fields.items() if field != "batch"}
+        for fields in (results["evaluate"], json.loads(config.evaluate.to_json()))
     ]
+    return differing_fields(*settings)
 
 
 def _refuse_incomplete(name: str, results: dict) -> None:
