@@ -4,36 +4,55 @@ Below WORKDIR/checkpoints:
     latest/STEP  everything that changes in training
     best/STEP    the trained parameters and batch statistics of the best validation score
     frozen       the frozen parameters, written once
-    preprocessing.json  how a slice becomes the network's input; travels with the weights
+    damaged/STEP what was found unreadable in latest, set aside
+    config.json  the run's config; how a slice becomes the network's input travels with the weights
 """
 
 import contextlib
-import pathlib
+import json
+import logging
+import operator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from sammix_jax.config import differing_fields, preprocessing
+from sammix_jax import hosts
+from sammix_jax.config import differing_fields, pinned, preprocessing
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.errors import UserError
 from sammix_jax.train_step import TrainState
 
+_LOG = logging.getLogger(__name__)
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or holds other values than were saved."""
+
 
 class Checkpoints:
-    """A run's checkpoints; a context manager, so that the last save ends before the process."""
+    """A run's checkpoints; a context manager, so that the last save ends before the process.
 
-    def __init__(self, workdir, every_steps: int = 1, keep: int = 2):
-        self._root = pathlib.Path(workdir).resolve() / "checkpoints"
-        self._latest = ocp.CheckpointManager(
-            self._root / "latest",
-            options=ocp.CheckpointManagerOptions(save_interval_steps=every_steps, max_to_keep=keep),
-        )
-        self._best = ocp.CheckpointManager(
-            self._root / "best",
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, best_fn=lambda metrics: metrics["score"], best_mode="max"
-            ),
-        )
+    Args:
+      workdir: the run's folder.
+      keep: how many of the newest are kept. With one alone there is none to fall back to.
+    """
+
+    def __init__(self, workdir, keep: int = 2):
+        self._root = _absolute(workdir) / "checkpoints"
+
+        def manager(name: str, **options) -> ocp.CheckpointManager:
+            return ocp.CheckpointManager(
+                self._root / name,
+                options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, **options),
+                item_handlers=ocp.StandardCheckpointHandler(),  # which can tell shapes unread
+            )
+
+        self._latest = manager("latest", max_to_keep=keep)
+        score = operator.itemgetter("score")
+        self._best = manager("best", max_to_keep=1, best_fn=score, best_mode="max")
 
     def __enter__(self):
         return self
@@ -48,13 +67,24 @@ class Checkpoints:
 
     def save_frozen(self, state: TrainState) -> None:
         """Writes the frozen parameters, once for the whole run."""
-        if state.frozen and not (self._root / "frozen").exists():
+        written = (self._root / "frozen").exists()
+        hosts.wait_for_all("frozen parameters")  # all have looked before any writes
+        if state.frozen and not written:
             with contextlib.closing(ocp.StandardCheckpointer()) as frozen:
                 frozen.save(self._root / "frozen", state.frozen)
 
-    def save_preprocessing(self, config) -> None:
-        """Keeps the fields by which scans become the network's input."""
-        write_json(self._preprocessing, preprocessing(config))
+    def save_config(self, config) -> None:
+        """Keeps the config beside the weights, which may be moved without their workdir."""
+        write_json(self._config, json.loads(config.to_json()))
+
+    def check_config(self, config) -> None:
+        """Checks that these checkpoints, if there are any, are of this config's run.
+
+        Raises:
+          UserError: they are not; names the differing fields.
+        """
+        if self.latest_step is not None:
+            self._check(pinned(self._read_config()), pinned(json.loads(config.to_json())))
 
     def check_preprocessing(self, config) -> None:
         """Checks that a config feeds the network what it was trained on.
@@ -62,27 +92,37 @@ class Checkpoints:
         Raises:
           UserError: it does not, or nothing is known; names the differing fields.
         """
-        if not self._preprocessing.exists():
+        kept, given = self._read_config(), json.loads(config.to_json())
+        self._check(preprocessing(kept), preprocessing(given))
+
+    def _check(self, kept: dict, given: dict) -> None:
+        if differing := differing_fields(kept, given):
             raise UserError(
-                f"{self._preprocessing}: no such file, so it is unknown which window and scaling "
-                "these weights were trained with; copy the whole checkpoints folder."
+                f"{self._config}: these weights were trained with {', '.join(differing)}; "
+                "leave these fields out to take the checkpoint's, or give another --workdir."
             )
-        kept, given = read_json(self._preprocessing), preprocessing(config)
-        if differing := differing_fields({field: kept.get(field) for field in given}, given):
+
+    def _read_config(self) -> dict:
+        if not self._config.exists():
             raise UserError(
-                f"{self._preprocessing}: these weights were trained with {', '.join(differing)}; "
-                "leave these fields out to take the checkpoint's."
+                f"{self._config}: no such file, so it is unknown with which settings these weights "
+                "were trained; copy the whole checkpoints folder."
             )
+        return read_json(self._config)
 
     @property
-    def _preprocessing(self) -> pathlib.Path:
-        return self._root / "preprocessing.json"
+    def _config(self) -> epath.Path:
+        return self._root / "config.json"
 
-    def save(self, state: TrainState, step: int, last: bool = False) -> None:
-        """Saves at the interval, and always where `last`; returns before the files are written."""
-        if step == self.latest_step:
-            return
-        self._latest.save(step, args=ocp.args.StandardSave(_changing(state)), force=last)
+    def save(self, state: TrainState, step: int) -> None:
+        """Returns before the files are written, but not before those of the last save are."""
+        if step != self.latest_step:
+            kept = ocp.args.StandardSave(_sealed(_changing(state)))
+            self._latest.save(step, args=kept, force=True)
+
+    def wait(self) -> None:
+        """Returns once the last save is whole."""
+        self._latest.wait_until_finished()
 
     def save_best(self, state: TrainState, step: int, score: float) -> bool:
         """Keeps this state where its score beats every earlier one. Returns whether it did."""
@@ -91,41 +131,110 @@ class Checkpoints:
         if best is not None and score <= self._best.metrics(best)["score"]:
             return False
         return self._best.save(
-            step, args=ocp.args.StandardSave(_inferring(state)), metrics={"score": score}
+            step,
+            args=ocp.args.StandardSave(_sealed(_inferring(state))),
+            metrics={"score": score},
+            force=True,
         )
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """The newest state, or None in a fresh workdir.
+        """The newest sound state, or None in a fresh workdir. Damaged ones are told and set aside.
 
         Args:
           like: shapes, dtypes and shardings to restore to; another number of devices than the
             checkpoint's is fine.
+
+        Raises:
+          UserError: a checkpoint of another model, or none that is sound.
         """
-        if self.latest_step is None:
-            return None
-        restored = self._latest.restore(
-            self.latest_step, args=ocp.args.StandardRestore(_changing(like))
-        )
-        return like.replace(frozen=self._restore_frozen(like), **restored)
+        damaged = []
+        for step in sorted(self._latest.all_steps(), reverse=True):
+            try:
+                restored = self._read(self._latest, step, _changing(like))
+            except Damaged as error:
+                _LOG.error("%s: %s", self._root / "latest" / str(step), error)
+                damaged.append(step)
+                continue
+            self._set_aside(damaged)
+            return like.replace(frozen=self._restore_frozen(like), **restored)
+        if damaged:
+            raise UserError(
+                f"{self._root / 'latest'}: all checkpoints are damaged ({damaged}); bring one back "
+                "from a copy, or delete the workdir to begin again."
+            )
+        return None
 
     def restore_best(self, like: TrainState) -> TrainState:
         """The best state by validation, else the newest; `opt_state` is left as in `like`.
 
         Raises:
-          UserError: the workdir has no checkpoint.
+          UserError: the workdir has no sound checkpoint.
         """
         step = self._best.best_step()
-        if step is None:
-            state = self.restore(like)
-            if state is None:
-                raise UserError(f"{self._root}: no checkpoint there; train the workdir first.")
-            return state
-        restored = self._best.restore(step, args=ocp.args.StandardRestore(_inferring(like)))
-        return like.replace(frozen=self._restore_frozen(like), **restored)
+        if step is not None:
+            try:
+                restored = self._read(self._best, step, _inferring(like))
+                return like.replace(frozen=self._restore_frozen(like), **restored)
+            except Damaged as error:
+                place = self._root / "best" / str(step)
+                _LOG.error("%s: %s; the newest checkpoint is taken instead", place, error)
+        state = self.restore(like)
+        if state is None:
+            raise UserError(f"{self._root}: no checkpoint there; train the workdir first.")
+        return state
+
+    def _read(self, manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
+        try:
+            kept = manager.item_metadata(step).tree
+            differing = _other_shapes(kept, like)
+            if not differing:
+                seal = {"seal": jax.eval_shape(_checksums, like)}
+                seal = abstract(seal, jax.tree.leaves(like)[0].sharding)
+                restored = manager.restore(step, args=ocp.args.StandardRestore(like | seal))
+        except Exception as error:  # Orbax raises this very class, among others
+            raise Damaged(f"cannot be read ({str(error).splitlines()[0][:200]})") from error
+        if differing:
+            raise UserError(
+                f"{manager.directory / str(step)}: a checkpoint of another model: "
+                f"{', '.join(differing[:5])}; give the config it was trained with, or another "
+                "--workdir."
+            )
+        if not np.array_equal(restored.pop("seal"), _checksums(restored)):
+            raise Damaged("holds other values than were saved")
+        return restored
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if hosts.is_first():
+            (self._root / "damaged").mkdir(exist_ok=True)
+            for step in steps:
+                aside = self._root / "damaged" / str(step)
+                if aside.exists():
+                    aside.rmtree()
+                (self._root / "latest" / str(step)).rename(aside)
+                _LOG.warning("set aside as %s; an earlier checkpoint is taken", aside)
+        hosts.wait_for_all("damaged checkpoints")
+        self._latest.reload()
 
     def _restore_frozen(self, like: TrainState) -> dict:
-        with contextlib.closing(ocp.StandardCheckpointer()) as frozen:
-            return frozen.restore(self._root / "frozen", like.frozen) if like.frozen else {}
+        if not like.frozen:
+            return {}
+        folder = self._root / "frozen"
+        try:
+            with contextlib.closing(ocp.StandardCheckpointer()) as frozen:
+                return frozen.restore(folder, like.frozen)
+        except Exception as error:  # Orbax raises this very class, among others
+            raise UserError(
+                f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}); bring it back "
+                "from a copy, or begin again in another --workdir."
+            ) from error
+
+
+def _absolute(workdir) -> epath.Path:
+    """Orbax takes no relative path; that of a bucket is absolute, and spoilt by `resolve`."""
+    path = epath.Path(workdir)
+    return path if "://" in str(path) else path.resolve()
 
 
 def _inferring(state: TrainState) -> dict:
@@ -137,8 +246,42 @@ def _changing(state: TrainState) -> dict:
     return changing | ({"teacher": state.teacher} if state.teacher else {})
 
 
+def _sealed(tree: dict) -> dict:
+    """With its checksums. The files' own do not cover the arrays: a flipped bit would go unseen."""
+    return tree | {"seal": _checksums(tree)}
+
+
+@jax.jit
+def _checksums(tree) -> jax.Array:
+    """(N,) uint32: the sum of each leaf's bits, which no order and no sharding changes."""
+
+    def checksum(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        return jnp.sum(bits.astype(jnp.uint32))
+
+    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _other_shapes(kept: dict, like: dict) -> list[str]:
+    """The leaves of parameters and statistics in which a checkpoint and a model differ."""
+    shapes = [
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                {part: tree.get(part, {}) for part in ("trainable", "batch_stats", "teacher")}
+            )
+        }
+        for tree in (kept, like)
+    ]
+    return differing_fields(*shapes)
+
+
 def abstract(state, sharding):
-    """Shapes and dtypes of a state, placed by `sharding`: what `restore` takes."""
+    """Shapes and dtypes of a state, placed by `sharding` (one, or a tree): what `restore` takes."""
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, state)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        sharding,
     )

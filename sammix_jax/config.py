@@ -14,7 +14,7 @@ from sammix_jax.errors import UserError
 
 # What may differ between the run that made a workdir and a later use of it: where things lie and
 # how results are reported, never what was trained or how images are normalised.
-FREE_FIELDS = ("data.root", "data.store", "data.workers", "evaluate", "log", "checkpoint")
+FREE_FIELDS = ("data.root", "data.store", "data.workers", "evaluate", "log", "checkpoint", "mesh")
 
 # How a slice becomes the network's input. Kept with the checkpoints, and by them.
 PREPROCESSING_FIELDS = (
@@ -76,7 +76,9 @@ def default_config() -> ml_collections.ConfigDict:
     model.sam_weights = ""  # file of python -m convert.sam; "" starts from random values
     model.classifier_weights = ""  # file of python -m convert.classifier; "" as above
     model.dtype = "float32"  # compute dtype of SAM and the classifier; parameters stay float32
-    model.remat = False  # recompute encoder blocks in the backward pass
+    model.remat = "none"  # what the backward pass computes again instead of keeping it: "dots", all
+    #                       but matrix products; "blocks", all within a block of either network
+    model.query_chunk = 128  # queries that attend at a time in SAM's global blocks
 
     config.cam = cam = ml_collections.ConfigDict()
     cam.method = "grad_cam"  # (F); "cam" is the plain one, which keeps negative evidence
@@ -108,6 +110,7 @@ def default_config() -> ml_collections.ConfigDict:
     train.steps = 0  # overrides epochs
     train.batch_labelled = 1  # slices that train both tasks (L: batch 1)
     train.batch_unlabelled = 1  # slices that train the classifier alone
+    train.accumulate = 1  # parts of a batch that go one after another; BatchNorm sees one at a time
     train.learning_rate = 1e-4  # (L)
     train.box = "cam"  # box that prompts the decoder in training (S); "gt" is the true mask's
     train.classifier_warmup_steps = 0  # steps in which only the classifier learns
@@ -137,13 +140,18 @@ def default_config() -> ml_collections.ConfigDict:
     evaluate.nsd_tolerance = 2.0  # mm by which a surface may be off and still count
     evaluate.batch = 8
 
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.fsdp = 1  # devices over which large parameters are divided; 1 repeats them on each
+    mesh.shard_frozen = False  # divide the frozen parameters too
+
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
-    checkpoint.every_steps = 100
+    checkpoint.every_steps = 100  # most that a killed run loses: saved twice as often
     checkpoint.keep = 2
 
     config.log = log = ml_collections.ConfigDict()
     log.every_steps = 10
     log.validate_every_steps = 100
+    log.profile = (0, 0)  # (start, stop) steps of which jax.profiler writes a trace; (0, 0) none
     # A misspelt field in a config file is an error, not a new field.
     return config.lock()
 
@@ -168,9 +176,8 @@ def check_workdir(config, workdir) -> None:
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         return
-    saved, given = _flat(read_json(path)), _flat(json.loads(config.to_json()))
-    pinned = [{k: v for k, v in fields.items() if not _is_free(k)} for fields in (saved, given)]
-    if differing := differing_fields(*pinned):
+    saved, given = read_json(path), json.loads(config.to_json())
+    if differing := differing_fields(pinned(saved), pinned(given)):
         raise UserError(
             f"{path}: this workdir was made with {', '.join(differing)}; give another --workdir, "
             "or the same settings."
@@ -186,10 +193,15 @@ def differing_fields(before: dict, now: dict) -> list[str]:
     ]
 
 
-def preprocessing(config) -> dict:
-    """The values of `PREPROCESSING_FIELDS`, as JSON has them."""
-    flat = _flat(json.loads(config.to_json()))
-    return {field: flat[field] for field in PREPROCESSING_FIELDS}
+def pinned(fields: dict) -> dict:
+    """What of a config, as JSON has it, one workdir cannot have twice; flat."""
+    return {field: value for field, value in _flat(fields).items() if not _is_free(field)}
+
+
+def preprocessing(fields: dict) -> dict:
+    """The values of `PREPROCESSING_FIELDS` in a config as JSON has it."""
+    flat = _flat(fields)
+    return {field: flat.get(field) for field in PREPROCESSING_FIELDS}
 
 
 def load_config(workdir) -> ml_collections.ConfigDict:

@@ -9,6 +9,7 @@ from sammix_jax.data.phantom import DOMAINS
 from sammix_jax.data.splits import PARTS
 from sammix_jax.errors import UserError
 from sammix_jax.models.lora import THIRDS
+from sammix_jax.models.remat import POLICIES
 from sammix_jax.models.resnet import OUTPUT_STRIDES, STAGES
 from sammix_jax.models.sam.variants import VARIANTS
 from sammix_jax.optim import SCHEDULES
@@ -25,6 +26,7 @@ CHOICES = {
     "model.classifier": tuple(OUTPUT_STRIDES),
     "model.mask_choice": MASK_CHOICES,
     "model.dtype": DTYPES,
+    "model.remat": POLICIES,
     "cam.method": METHODS,
     "cam.component": COMPONENTS,
     "cam.fusion": FUSIONS,
@@ -43,11 +45,13 @@ AT_LEAST = {
     "model.image_size": 1,
     "model.mask_index": 0,
     "model.lora_rank": 0,
+    "model.query_chunk": 1,
     "train.steps": 0,
     "train.warmup_steps": 0,
     "train.classifier_warmup_steps": 0,
     "train.batch_labelled": 1,
     "train.batch_unlabelled": 0,
+    "train.accumulate": 1,
     "train.learning_rate": 0,
     "train.weight_decay": 0,
     "train.clip_norm": 0,
@@ -63,6 +67,7 @@ AT_LEAST = {
     "evaluate.seed": 0,
     "evaluate.nsd_tolerance": 0,
     "evaluate.batch": 1,
+    "mesh.fsdp": 1,
     "checkpoint.every_steps": 1,
     "checkpoint.keep": 1,
     "log.every_steps": 1,
@@ -138,6 +143,8 @@ def check_config(config) -> None:
         config.loss.dice_smooth > 0 or not taught,
         "above 0 with a teacher (consistency.weight): a slice may have no confident pixel",
     )
+    begin, end = config.log.profile
+    expect("log.profile", 0 <= begin <= end, "(start, stop) with 0 <= start <= stop")
     expect("model.mask_index", config.model.mask_index < 3, "0, 1 or 2")
     expect("consistency.ema", 0 <= config.consistency.ema < 1, "0 to below 1")
     expect("consistency.confidence", 0.5 <= config.consistency.confidence < 1, "0.5 to below 1")

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from sammix_jax import hosts
 from sammix_jax.cam import mask_to_box
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.data.geometry import slice_geometry
@@ -15,7 +17,7 @@ from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
 from sammix_jax.preprocess import scale_slices
 from sammix_jax.sam_mix import POSITIVE, SamMix, sam_mix
-from sammix_jax.sharding import make_mesh, replicated
+from sammix_jax.sharding import along_batch, make_mesh, state_sharding
 from sammix_jax.train_step import make_init
 
 # Logit of a pixel that is ruled out whole: far below 0, finite, so that resizing stays sound.
@@ -80,6 +82,9 @@ def predict_slices(
 ) -> SlicePredictions:
     """Runs `predict` over N slices in batches of one size, the last one filled up.
 
+    Batches are divided over the devices that hold the variables. Of several processes each needs
+    all slices, and gets all predictions.
+
     Args:
       predict: from `make_predict`.
       variables: the model's parameters and batch statistics.
@@ -87,18 +92,22 @@ def predict_slices(
       truth: (N, H, W) bool for the protocol `gt_box`, else None.
       batch: slices at a time.
     """
+    sharding = jax.tree.leaves(variables)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = along_batch(sharding.mesh, batch)
+
+    def place(array: np.ndarray) -> jax.Array:
+        filled = np.pad(array, [(0, batch - len(array)), (0, 0), (0, 0)])
+        return jax.device_put(filled, sharding)
+
     parts = []
     for start in range(0, len(hu), batch):
         count = min(batch, len(hu) - start)
         chunk = slice(start, start + batch)
-        boxed = None if truth is None else _fill(truth[chunk], batch)
-        part = predict(variables, _fill(hu[chunk], batch), boxed)
-        parts.append(jax.tree.map(lambda leaf, n=count: np.asarray(leaf)[:n], part))
+        boxed = None if truth is None else place(truth[chunk])
+        part = hosts.to_host(predict(variables, place(hu[chunk]), boxed))
+        parts.append(jax.tree.map(lambda leaf, n=count: leaf[:n], part))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-def _fill(array: np.ndarray, count: int) -> np.ndarray:
-    return np.pad(array, [(0, count - len(array)), (0, 0), (0, 0)])
 
 
 class VolumePrediction(NamedTuple):
@@ -152,8 +161,9 @@ def load_model(config, workdir) -> tuple[SamMix, dict]:
     if not folder.exists():
         raise UserError(f"{folder}: no checkpoint there; train the workdir first.")
     model = sam_mix(config)
-    init = make_init(model, make_optimiser(config.train, steps=1), config)
-    like = abstract(jax.eval_shape(init), replicated(make_mesh()))
+    shapes = jax.eval_shape(make_init(model, make_optimiser(config.train, steps=1), config))
+    mesh = make_mesh(config.mesh.fsdp)
+    like = abstract(shapes, state_sharding(shapes, mesh, config.mesh.shard_frozen))
     with Checkpoints(workdir) as checkpoints:
         checkpoints.check_preprocessing(config)
         state = checkpoints.restore_best(like)

@@ -16,7 +16,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from sammix_jax import evaluate, predict, prepare, report, results, train
+from sammix_jax import evaluate, hosts, predict, prepare, report, results, train
 from sammix_jax.config import check_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data.datasets import natural
@@ -68,6 +68,11 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items())
 )
+_MULTIHOST = flags.DEFINE_bool(
+    "multihost",
+    None,
+    "Whether this is one of several processes of a run; left out, the environment tells.",
+)
 _INPUT = flags.DEFINE_string("input", None, "predict: a NIfTI scan, or a folder of them.")
 _OUTPUT = flags.DEFINE_string(
     "output", None, "predict: the mask's file, or a folder. summarise: a folder for the means."
@@ -77,13 +82,17 @@ _OUTPUT = flags.DEFINE_string(
 def main(argv) -> int:
     if len(argv) > 1:
         return _fail(f"unexpected arguments {argv[1:]}; every option begins with --")
-    _log_to_terminal()
     _cache_compilations()
     try:
+        hosts.join(_MULTIHOST.value)
+        _log_to_terminal()
         if _MODE.value == "summarise":
             _summarise(_workdirs(_WORKDIR.value))
         else:
             _run(_MODE.value, pathlib.Path(_WORKDIR.value))
+    except hosts.Terminated as stopped:
+        print(f"{stopped}; run the same command to go on.", file=sys.stderr)
+        return hosts.TERMINATED
     except UserError as error:
         return _fail(str(error))
     return 0
@@ -93,7 +102,7 @@ def _run(mode: str, workdir: pathlib.Path) -> None:
     config = _config(mode, workdir)
     check_config(config)
     if mode == "prepare":
-        prepare.prepare(config, workdir)
+        _prepare(config, workdir)
         return
     check_workdir(config, workdir)
     if mode == "train":
@@ -152,8 +161,14 @@ def _named_config():
         raise UserError(f"--config={file}: no such file; there are some in configs/.") from error
 
 
+def _prepare(config, workdir: pathlib.Path) -> SliceStore:
+    """By the first process alone; the others open what it has made."""
+    work = lambda: prepare.prepare(config, workdir)  # noqa: E731
+    return hosts.first_then_others(work, "prepare")
+
+
 def _train(config, workdir: pathlib.Path) -> None:
-    store = prepare.prepare(config, workdir)
+    store = _prepare(config, workdir)
     trained = train.train(config, workdir, store)
     found = None if trained else results.saved_results(config, workdir)
     if found is None:
@@ -243,6 +258,8 @@ def _log_to_terminal() -> None:
     """This project's messages only: Orbax tells of every file it opens."""
     absl.logging.set_verbosity(absl.logging.WARNING)
     handler = logging.StreamHandler(sys.stderr)
+    if not hosts.is_first():
+        handler.setLevel(logging.ERROR)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("sammix_jax")
     logger.setLevel(logging.INFO)

@@ -70,36 +70,41 @@ def to_rgb(images: jax.Array, normalisation: str) -> jax.Array:
     return rgb
 
 
-def move(images: jax.Array, masks: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Random rotation, scale and shift, one draw per slice.
+def random_moves(keys: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Draws a rotation, a scale and a shift for each slice.
 
     Args:
-      images: (B, H, W) in [0, 1].
-      masks: (L, H, W) in [0, 1], of the first L images; they move with their images.
-      key: random key.
+      keys: (B,) random keys.
+      shape: (H, W) of the slices.
 
     Returns:
-      Images (B, H, W) in [0, 1] and masks (L, H, W) in {0, 1}, float32.
+      (B, 2, H, W) float32: from which row and column each pixel of the moved slice is read.
     """
-    keys = jax.random.split(key, len(images))
-    coordinates = jax.vmap(_random_affine, in_axes=(0, None))(keys, images.shape[1:])
+    return jax.vmap(_random_affine, in_axes=(0, None))(keys, shape)
+
+
+def move(images: jax.Array, moves: jax.Array) -> jax.Array:
+    """(B, H, W) in [0, 1] → the same, moved by `random_moves`; beyond the edge lies 0."""
     sample = jax.vmap(lambda image, at: map_coordinates(image, at, order=1, mode="constant"))
-    moved_masks = sample(masks.astype(jnp.float32), coordinates[: len(masks)])
-    return sample(images, coordinates), (moved_masks >= 0.5).astype(jnp.float32)
+    return sample(images.astype(jnp.float32), moves)
 
 
-def distort(images: jax.Array, key: jax.Array, strength: float = 1.0) -> jax.Array:
+def move_masks(masks: jax.Array, moves: jax.Array) -> jax.Array:
+    """(B, H, W) in [0, 1] → the same in {0, 1} float32, moved as their images are."""
+    return (move(masks, moves) >= 0.5).astype(jnp.float32)
+
+
+def distort(images: jax.Array, keys: jax.Array, strength: float = 1.0) -> jax.Array:
     """Random contrast, brightness and noise, one draw per slice; nothing moves.
 
     Args:
       images: (B, H, W) in [0, 1].
-      key: random key.
+      keys: (B,) random keys.
       strength: by which the ranges are multiplied.
 
     Returns:
       (B, H, W) float32 in [0, 1].
     """
-    keys = jax.random.split(key, len(images))
     return jax.vmap(_random_intensity, in_axes=(0, 0, None))(keys, images, strength)
 
 

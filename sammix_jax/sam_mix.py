@@ -16,9 +16,11 @@ import numpy as np
 
 from sammix_jax.cam import CamPrompt, cam_prompt, grad_cam, grad_cam_by_gradient, plain_cam
 from sammix_jax.models.resnet import Classifier
+from sammix_jax.models.sam.attention import QUERY_CHUNK
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.preprocess import to_rgb
+from sammix_jax.sharding import first_of_each
 
 POSITIVE = 1  # the class "this slice shows the organ"
 
@@ -49,7 +51,7 @@ class Masks(NamedTuple):
 
 class SamMixOutput(NamedTuple):
     """What one forward pass gives: class logits (B, 2) of all slices, and the CAM prompt and masks
-    of the first N, which are segmented."""
+    of the N that are segmented."""
 
     class_logits: jax.Array
     prompt: CamPrompt
@@ -77,7 +79,8 @@ class SamMix(nn.Module):
     mask_index: int
     normalisation: str
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
+    query_chunk: int = QUERY_CHUNK
 
     def setup(self):
         self.sam = Sam(
@@ -86,11 +89,13 @@ class SamMix(nn.Module):
             lora_targets=self.lora_targets,
             dtype=self.dtype,
             remat=self.remat,
+            query_chunk=self.query_chunk,
         )
         self.classifier = Classifier(
             arch=self.classifier_arch,
             output_stride=self.classifier_stride,
             dtype=self.dtype,
+            remat=self.remat,
             freeze_batch_norm=self.freeze_batch_norm,
         )
         if self.cam_fusion == "concat":
@@ -107,6 +112,7 @@ class SamMix(nn.Module):
         segmented: int,
         train: bool = False,
         boxes: jax.Array | None = None,
+        shards: int = 1,
     ) -> SamMixOutput:
         """Classifies every slice and segments the first `segmented` of them.
 
@@ -117,12 +123,18 @@ class SamMix(nn.Module):
           segmented: N, how many slices to segment.
           train: whether BatchNorm uses the batch's statistics.
           boxes: (P, 4) XYXY in pixels, P ≤ N: prompts of the first P slices in place of the CAM's.
+          shards: G; with more than one, the slices come in G groups of B / G, in each of which the
+            first N / G are segmented and the first P / G have a box.
         """
         class_logits, features = self.classify(images, train)
-        prompt = self.prompt(images[:segmented], features[:segmented])
-        embeddings = self.encode(images[:segmented])
+        images, features = (first_of_each(x, segmented, shards) for x in (images, features))
+        prompt = self.prompt(images, features)
+        embeddings = self.encode(images)
         if boxes is not None:
-            prompt = prompt._replace(box=jnp.concatenate([boxes, prompt.box[len(boxes) :]]))
+            # (P, 4) → (G, P / G, 4), (N, 4) → (G, N / G, 4)
+            given, cams = (x.reshape(shards, -1, 4) for x in (boxes, prompt.box))
+            box = jnp.concatenate([given, cams[:, given.shape[1] :]], axis=1)
+            prompt = prompt._replace(box=box.reshape(-1, 4))  # (G, N / G, 4) → (N, 4)
         box = prompt.box if self.cam_box else None
         masks = self.segment(embeddings, images.shape[1:], prompt, box)
         return SamMixOutput(class_logits, prompt, masks)
@@ -254,4 +266,5 @@ def sam_mix(config) -> SamMix:
         normalisation=config.input.normalise,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        query_chunk=config.model.query_chunk,
     )

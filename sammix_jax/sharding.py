@@ -1,13 +1,46 @@
-"""The device mesh and where arrays lie on it."""
+"""The device mesh, and where parameters and batches lie on it.
+
+Both axes of the mesh divide the batch. Along `fsdp`, large parameters and their moments are divided
+too, so that each device keeps a part and gathers the rest when a layer needs it (Rajbhandari et
+al. 2020, "ZeRO", arXiv 1910.02054); along `data` they are repeated.
+"""
+
+import dataclasses
+import logging
+import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sammix_jax.errors import UserError
 
-def make_mesh() -> Mesh:
-    """All devices along `data`; `fsdp` is there for sharded parameters."""
+_LOG = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp")
+# Smaller leaves are repeated: gathering one costs more than keeping it.
+LEAST_DIVIDED = 2**14  # elements
+
+
+def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
+    """All devices as (data, fsdp).
+
+    Args:
+      fsdp: devices over which parameters are divided; 1 repeats them on every device.
+      devices: to use instead of all that there are.
+
+    Raises:
+      UserError: `fsdp` does not divide the number of devices.
+    """
+    count = jax.device_count() if devices is None else len(devices)
+    if count % fsdp:
+        raise UserError(
+            f"mesh.fsdp={fsdp}: does not divide the {count} devices; choose one of "
+            f"{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}."
+        )
     return jax.make_mesh(
-        (jax.device_count(), 1), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
+        (count // fsdp, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices
     )
 
 
@@ -15,15 +48,163 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def divided(leaf, mesh: Mesh) -> NamedSharding:
+    """Along its longest axis that `fsdp` divides; small leaves, and those without one, whole."""
+    parts = mesh.shape["fsdp"]
+    if parts == 1 or math.prod(leaf.shape) < LEAST_DIVIDED:
+        return replicated(mesh)
+    for axis in sorted(range(len(leaf.shape)), key=lambda i: -leaf.shape[i]):
+        if leaf.shape[axis] % parts == 0:
+            return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+    return replicated(mesh)
+
+
+def state_sharding(state, mesh: Mesh, shard_frozen: bool):
+    """Where each leaf of a training state lies.
+
+    Args:
+      state: a `TrainState`, or its shapes. Moments have the shapes of their parameters, and so
+        lie where these do.
+      mesh: of the run.
+      shard_frozen: whether the frozen parameters are divided as well.
+    """
+    placed = jax.tree.map(lambda leaf: divided(leaf, mesh), state)
+    whole = jax.tree.map(lambda _: replicated(mesh), state.frozen)
+    return placed if shard_frozen else placed.replace(frozen=whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """How L labelled and U other slices lie on the shards of a step.
+
+    Every shard has its quota of both, and every microbatch of a shard too: the rows of a batch are,
+    shard by shard and in it microbatch by microbatch, labelled slices and then others. So no slice
+    moves between devices, and which slices a microbatch holds does not depend on the shards.
+
+    Attributes:
+      labelled, unlabelled: L and U, of the whole batch.
+      shards: G, over how many devices it is divided.
+      microbatches: A, in how many parts its gradient is accumulated.
+    """
+
+    labelled: int
+    unlabelled: int
+    shards: int = 1
+    microbatches: int = 1
+
+    @property
+    def size(self) -> int:
+        """B = L + U."""
+        return self.labelled + self.unlabelled
+
+    @property
+    def microbatch(self) -> "BatchLayout":
+        """The layout of one microbatch."""
+        parts = self.microbatches
+        return BatchLayout(self.labelled // parts, self.unlabelled // parts, self.shards)
+
+    def rows(self, shard: int) -> np.ndarray:
+        """(B / G,): what lies on a shard, as numbers of slices, the L labelled ones before the U
+        others."""
+        parts = self.shards * self.microbatches
+        found = []
+        for micro in range(self.microbatches):
+            part = micro * self.shards + shard
+            for begin, count in ((0, self.labelled), (self.labelled, self.unlabelled)):
+                quota = count // parts
+                found += range(begin + part * quota, begin + (part + 1) * quota)
+        return np.array(found, np.int64)
+
+    @property
+    def order(self) -> np.ndarray:
+        """(B,): `rows` of every shard."""
+        return np.concatenate([self.rows(shard) for shard in range(self.shards)])
+
+    def split_microbatches(self, x: jax.Array) -> jax.Array:
+        """(B, ...) or (L, ...) → (A, B / A, ...) or (A, L / A, ...)."""
+        shape = (self.shards, self.microbatches, -1, *x.shape[1:])
+        # (B, ...) → (G, A, b, ...) → (A, G, b, ...) → (A, G · b, ...)
+        return x.reshape(shape).swapaxes(0, 1).reshape(self.microbatches, -1, *x.shape[1:])
+
+    def first(self, x: jax.Array) -> jax.Array:
+        """(B, ...) → (L, ...), the labelled slices of one microbatch."""
+        return first_of_each(x, self.labelled, self.shards)
+
+    def join(self, first: jax.Array, rest: jax.Array) -> jax.Array:
+        """(L, ...) and (U, ...) → (B, ...), what `first` and `rest` take apart."""
+        parts = [x.reshape(self.shards, -1, *x.shape[1:]) for x in (first, rest)]
+        both = jnp.concatenate(parts, axis=1)  # (G, L / G, ...), (G, U / G, ...) → (G, B / G, ...)
+        return both.reshape(-1, *first.shape[1:])  # → (B, ...)
+
+    def rest(self, x: jax.Array) -> jax.Array:
+        """(B, ...) → (U, ...), the other slices of one microbatch."""
+        grouped = x.reshape(self.shards, -1, *x.shape[1:])  # (B, ...) → (G, B / G, ...)
+        return grouped[:, self.labelled // self.shards :].reshape(-1, *x.shape[1:])  # → (U, ...)
+
+
+def first_of_each(x: jax.Array, count: int, shards: int) -> jax.Array:
+    """(B, ...) → (count, ...): as many of the first rows of each shard."""
+    grouped = x.reshape(shards, -1, *x.shape[1:])  # (B, ...) → (G, B / G, ...)
+    return grouped[:, : count // shards].reshape(-1, *x.shape[1:])  # (G, n, ...) → (G · n, ...)
+
+
+def batch_layout(train, mesh: Mesh) -> BatchLayout:
+    """The layout of a run's batches, over all devices if they divide both quotas.
+
+    Args:
+      train: `config.train`.
+      mesh: of the run.
+
+    Raises:
+      UserError: `train.accumulate` does not divide the quotas.
+    """
+    sizes, parts = (train.batch_labelled, train.batch_unlabelled), train.accumulate
+    if any(size % parts for size in sizes):
+        raise UserError(
+            f"train.accumulate={parts}: must divide train.batch_labelled={sizes[0]} and "
+            f"train.batch_unlabelled={sizes[1]}, so that every part of a batch has both kinds."
+        )
+    shards = mesh.size
+    if any(size % (parts * shards) for size in sizes):
+        _LOG.warning(
+            "%d labelled and %d other slices in %d part(s) cannot be divided over %d devices, so "
+            "each device computes the whole batch; make both multiples of %d to use them all.",
+            *(*sizes, parts, shards, parts * shards),
+        )
+        shards = 1
+    return BatchLayout(*sizes, shards, parts)
+
+
 def along_batch(mesh: Mesh, size: int) -> NamedSharding:
     """The leading axis over all devices; a batch they do not divide is replicated."""
-    if size % mesh.size:
-        return replicated(mesh)
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return replicated(mesh) if size % mesh.size else NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def place_batch(batch: dict, mesh: Mesh) -> dict:
-    """Moves a host batch onto the mesh."""
-    return {
-        name: jax.device_put(array, along_batch(mesh, len(array))) for name, array in batch.items()
-    }
+def place_batch(batches, step: int, layout: BatchLayout, mesh: Mesh) -> dict[str, jax.Array]:
+    """Reads this process's share of a batch and puts it on its devices.
+
+    Args:
+      batches: `batches(step, rows)`, see `data.batches`.
+      step: which batch.
+      layout: how it is divided.
+      mesh: of the run.
+
+    Returns:
+      hu (B, S, S) int16 in the layout's order; mask (L, S, S) uint8; image_label (B,) int32.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(AXES) if layout.shards > 1 else PartitionSpec())
+    indices = sharding.addressable_devices_indices_map((layout.shards,)).values()
+    here = sorted({index[0].start or 0 for index in indices})
+    host = batches(step, np.concatenate([layout.rows(shard) for shard in here]))
+
+    def place(local: np.ndarray) -> jax.Array:
+        rows = len(local) // len(here)
+
+        def on_device(index) -> np.ndarray:
+            at = here.index((index[0].start or 0) // rows)
+            return local[at * rows : (at + 1) * rows]
+
+        shape = (layout.shards * rows, *local.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, on_device)
+
+    return {name: place(array) for name, array in host.items()}

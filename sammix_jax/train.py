@@ -1,31 +1,29 @@
 """Trains SAM-Mix; read from top to bottom."""
 
+import contextlib
 import logging
 import math
-import time
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
+from sammix_jax import hosts
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.config import check_workdir, claim_workdir
 from sammix_jax.data.batches import Batches, prefetch
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.splits import Split, keep, load_or_draw
 from sammix_jax.errors import UserError
-from sammix_jax.inference import make_predict, predict_slices
-from sammix_jax.metrics import dice
+from sammix_jax.inference import make_predict
+from sammix_jax.monitor import Profile, Timer, memory, refuse_not_finite
 from sammix_jax.optim import make_optimiser
 from sammix_jax.sam_mix import sam_mix
-from sammix_jax.sharding import make_mesh, place_batch, replicated
+from sammix_jax.sharding import batch_layout, make_mesh, place_batch, replicated, state_sharding
 from sammix_jax.train_log import TrainLog
-from sammix_jax.train_step import TrainState, load_pretrained, make_init, make_train_step
+from sammix_jax.train_step import load_pretrained, make_init, make_train_step
+from sammix_jax.validate import validate
 
 _LOG = logging.getLogger(__name__)
-
-# Finite before a state is kept: loss and gradients of the step, and the parameters it made.
-SOUND = ("loss", "gradient_norm", "parameter_norm")
 
 
 def train(config, workdir, store: SliceStore) -> bool:
@@ -41,9 +39,14 @@ def train(config, workdir, store: SliceStore) -> bool:
       Whether any step was left to take.
 
     Raises:
-      UserError: a config or data set that cannot train; a loss that is no number.
+      UserError: a config or data set that cannot train; a number that is not finite.
+      hosts.Terminated: SIGTERM, once the state is saved.
     """
     check_workdir(config, workdir)
+
+    # ---- Mesh
+    mesh = make_mesh(config.mesh.fsdp)
+    layout = batch_layout(config.train, mesh)
 
     # ---- Data
     split, labelled = load_or_draw(config, store, workdir)
@@ -53,13 +56,9 @@ def train(config, workdir, store: SliceStore) -> bool:
             "could not be scored; choose another, as in --config.evaluate.part=train."
         )
     others = slices_without_masks(config, store, split, labelled)
-    sizes = (config.train.batch_labelled, config.train.batch_unlabelled)
+    sizes = (layout.labelled, layout.unlabelled)
     batches = Batches(store, tuple(labelled), others, sizes, config.seed)
     steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
-
-    # ---- Mesh
-    mesh = make_mesh()
-    sharding = replicated(mesh)
 
     # ---- Model and optimiser
     model = sam_mix(config)
@@ -67,15 +66,18 @@ def train(config, workdir, store: SliceStore) -> bool:
 
     # ---- State: abstract first, then restored or initialised straight onto the mesh
     init = make_init(model, optimiser, config)
-    like = abstract(jax.eval_shape(init), sharding)
-    with Checkpoints(workdir, config.checkpoint.every_steps, config.checkpoint.keep) as checkpoints:
+    shapes = jax.eval_shape(init)
+    sharding = state_sharding(shapes, mesh, config.mesh.shard_frozen)
+    like = abstract(shapes, sharding)
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+        checkpoints.check_config(config)
         state = checkpoints.restore(like)
         if state is None:
             state = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
         # Data, model and weights are sound: from here on the workdir belongs to this run.
         claim_workdir(config, workdir)
         keep(split, labelled, store, workdir)
-        checkpoints.save_preprocessing(config)
+        checkpoints.save_config(config)
         checkpoints.save_frozen(state)
         start = int(state.step)
         _LOG.info(
@@ -95,44 +97,85 @@ def train(config, workdir, store: SliceStore) -> bool:
 
         # ---- Step
         train_step = jax.jit(
-            make_train_step(model, optimiser, config),
-            out_shardings=(sharding, sharding),
+            make_train_step(model, optimiser, config, layout),
+            out_shardings=(sharding, replicated(mesh)),
             donate_argnums=0,
         )
         # Gated whatever is reported, so that all scores of a run compare.
         predict = make_predict(model, config, ("cam",), gate=True)
 
         # ---- Loop
+        save_steps = save_interval(config.checkpoint.every_steps)
+        quiet = None if hosts.is_first() else True
+        batch_of = lambda step: place_batch(batches, step, layout, mesh)  # noqa: E731
+        before, timer, paths = None, Timer(), sorted(like.trainable)
         with (
             TrainLog(workdir, start) as log,
-            tqdm(initial=start, total=steps, desc="train", unit="step", disable=None) as bar,
+            hosts.Termination() as termination,
+            Profile(workdir, *config.log.profile) as profile,
+            contextlib.closing(prefetch(batch_of, start, steps)) as ahead,
+            tqdm(initial=start, total=steps, desc="train", unit="step", disable=quiet) as bar,
         ):
-            begin, begin_step = time.monotonic(), start
-            for step, batch in prefetch(batches, start, steps, lambda b: place_batch(b, mesh)):
-                state, metrics = train_step(state, batch)
-                done = step + 1
+            for done in range(start + 1, steps + 1):
+                profile.at(done)
+                with timer.part("data"):
+                    _, batch = next(ahead)
+                # Only what is asked for moves between host and device.
+                with timer.part("step"), jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, batch)
+                    # The step before has ended or is about to: looking at it delays nothing.
+                    if before is not None:
+                        refuse_not_finite(done - 1, before, paths)
+                    before = metrics
                 bar.update()
-                if done % config.log.every_steps == 0 or done == steps:
-                    metrics = {name: float(value) for name, value in metrics.items()}
-                    _refuse_nan(metrics, done)
-                    seconds = time.monotonic() - begin
-                    metrics["slices_per_second"] = (done - begin_step) * sum(sizes) / seconds
-                    log.write(done, {f"train/{name}": v for name, v in metrics.items()})
-                    bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-                    begin, begin_step = time.monotonic(), done
-                if split.val and (done % config.log.validate_every_steps == 0 or done == steps):
-                    scores = validate(predict, state, store, split, config)
+                due = _due(done, steps)
+                told = due(config.log.every_steps)
+                validates = bool(split.val) and due(config.log.validate_every_steps)
+                # After this step, so that all processes stop at the same one.
+                stop = termination.asked(done)
+                saves = stop or due(save_steps)
+                if told or validates or saves:
+                    with timer.part("step"):
+                        refuse_not_finite(done, metrics, paths)
+                timer.count(sum(sizes))
+                if told:
+                    values = {k: float(v) for k, v in jax.device_get(metrics).items() if not v.ndim}
+                    values |= timer.report() | memory()
+                    log.write(done, {f"train/{name}": value for name, value in values.items()})
+                    bar.set_postfix(loss=f"{values['loss']:.3f}")
+                if validates:
+                    with timer.part("validation"):
+                        scores = validate(
+                            predict,
+                            state.variables,
+                            store,
+                            split.val,
+                            config.evaluate.batch,
+                            termination.asked_alone,
+                        )
+                        if "dice" in scores:
+                            checkpoints.save_best(state, done, scores["dice"])
                     log.write(done, {f"val/{name}": v for name, v in scores.items()})
                     listed = ", ".join(f"{name} {v:.3f}" for name, v in scores.items())
                     _LOG.info("step %d of %d: validation %s", done, steps, listed)
-                    if "dice" in scores:
-                        checkpoints.save_best(state, done, scores["dice"])
                 # After validation: a run stopped in it validates again.
-                if done % config.checkpoint.every_steps == 0 or done == steps:
-                    _refuse_nan({name: float(metrics[name]) for name in SOUND}, done)
-                    checkpoints.save(state, done, last=done == steps)
-                    begin, begin_step = time.monotonic(), done
+                if saves:
+                    with timer.part("checkpoint"):
+                        checkpoints.save(state, done)
+                        if stop or config.checkpoint.every_steps == 1:
+                            checkpoints.wait()
+                if stop and done < steps:
+                    raise hosts.Terminated(f"stopped after step {done} of {steps}, which is saved")
     return True
+
+
+def save_interval(every_steps: int) -> int:
+    """Steps between checkpoints, so that a run killed at any moment loses `every_steps` at most.
+
+    A save goes on while the next steps are taken, and dies with the process; the one before it must
+    lie near enough. Saves wait for one another, so half the interval suffices.
+    """
+    return max(1, every_steps // 2)
 
 
 def slices_without_masks(
@@ -147,30 +190,8 @@ def slices_without_masks(
     return tuple(s for scan in scans for s in store.slices(scan) if s not in taken)
 
 
-def validate(predict, state: TrainState, store: SliceStore, split: Split, config) -> dict:
-    """Per-volume Dice on the store's grid under `cam`, and the classifier's accuracy."""
-    volume_dice, correct = [], []
-    for scan in split.val:
-        slices = store.slices(scan)
-        hu = np.stack([store.hu(s) for s in slices])
-        predicted = predict_slices(predict, state.variables, hu, None, config.evaluate.batch)
-        truth = np.stack([store.mask(s) for s in slices]) > 0
-        present = np.array([store.image_label(s) == 1 for s in slices])
-        mask = predicted.logits["cam"] > 0
-        if truth.any() or mask.any():  # else there is nothing to score
-            volume_dice.append(dice(truth, mask))
-        correct.extend((predicted.organ_probability >= 0.5) == present)
-    scores = {"accuracy": float(np.mean(correct))}
-    return scores | ({"dice": float(np.mean(volume_dice))} if volume_dice else {})
-
-
-def _refuse_nan(metrics: dict[str, float], step: int) -> None:
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"step {step}: {', '.join(bad)} is not finite; the last checkpoint is sound. Lower "
-            "train.learning_rate, or set train.clip_norm, in a new workdir."
-        )
+def _due(done: int, steps: int):
+    return lambda every: done % every == 0 or done == steps
 
 
 def _count(parameters: dict) -> int:

@@ -10,8 +10,9 @@ from sammix_jax import losses
 from sammix_jax.cam import central_box, mask_to_box
 from sammix_jax.consistency import follow, pseudo_masks, ramp
 from sammix_jax.optim import merge_params, split_params
-from sammix_jax.preprocess import distort, move, scale_slices
+from sammix_jax.preprocess import distort, move, move_masks, random_moves, scale_slices
 from sammix_jax.sam_mix import SamMix, SamMixOutput
+from sammix_jax.sharding import BatchLayout
 from sammix_jax.weights import fill, load_weights
 
 CLASSIFICATION_LOSSES = {"cross_entropy": losses.cross_entropy, "focal": losses.focal_loss}
@@ -94,60 +95,97 @@ def load_pretrained(state: TrainState, config) -> TrainState:
     )
 
 
-def make_train_step(model: SamMix, optimiser: optax.GradientTransformation, config):
-    """Returns `train_step(state, batch) -> (state, metrics)`; see `data.batches` for the batch.
+def make_train_step(
+    model: SamMix,
+    optimiser: optax.GradientTransformation,
+    config,
+    layout: BatchLayout | None = None,
+):
+    """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
+
+    The batch is that of `sharding.place_batch`. Metrics are float32 scalars, and `leaf_norms`
+    (2, N): norms of the gradient and of the new value of each trainable leaf, by path in order.
 
     Randomness is a function of (seed, step), so a resumed run repeats an uninterrupted one.
+
+    Args:
+      model, optimiser, config: of the run.
+      layout: of the batches; None is one shard of the config's sizes in one part.
     """
+    if layout is None:
+        layout = BatchLayout(config.train.batch_labelled, config.train.batch_unlabelled)
+    micro = layout.microbatch
     taught = config.consistency.weight > 0
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        masks = batch["mask"].astype(jnp.float32)  # (L, H, W)
-        labelled = len(masks)
-        weak, strong, masks = _views(scale_slices(batch["hu"], config.input), masks, state, config)
-        boxes = _true_boxes(masks) if config.train.box == "gt" else None
+    def loss_fn(trainable, state: TrainState, batch_stats, part: dict, known_share):
+        """The loss of one microbatch; aux: metrics and new batch statistics."""
+        weak, strong, masks = _views(part, config, micro)
         if taught:
             teacher = model.apply(
                 state.replace(trainable=state.teacher).variables,
-                weak[labelled:],
-                segmented=len(weak) - labelled,
+                micro.rest(weak),
+                segmented=micro.unlabelled,
+                shards=micro.shards,
             )
             pseudo = pseudo_masks(
-                teacher.masks.logits, batch["image_label"][labelled:], config.consistency.confidence
+                teacher.masks.logits,
+                micro.rest(part["image_label"]),
+                config.consistency.confidence,
             )
-
-        def loss_fn(trainable):
-            output, updates = model.apply(
-                state.replace(trainable=trainable).variables,
-                strong,
-                segmented=len(strong) if taught else labelled,
-                train=True,
-                boxes=boxes,
-                mutable=["batch_stats"],
+        output, updates = model.apply(
+            state.replace(trainable=trainable, batch_stats=batch_stats).variables,
+            strong,
+            segmented=micro.size if taught else micro.labelled,
+            train=True,
+            boxes=_true_boxes(masks) if config.train.box == "gt" else None,
+            shards=micro.shards,
+            mutable=["batch_stats"],
+        )
+        all_masks = output.masks
+        if taught:
+            output = output._replace(masks=jax.tree.map(micro.first, all_masks))
+        # 0 while the classifier warms up: neither masks nor a teacher train SAM then.
+        segments = (state.step >= config.train.classifier_warmup_steps).astype(jnp.float32)
+        loss, metrics = sam_mix_loss(
+            output, masks, part["image_label"], config.loss, segments, known_share
+        )
+        if taught:
+            consistency = mask_loss(
+                micro.rest(all_masks.logits), pseudo.target, config.loss, pseudo.valid
             )
-            # 0 while the classifier warms up: neither masks nor a teacher train SAM then.
-            segments = (state.step >= config.train.classifier_warmup_steps).astype(jnp.float32)
-            loss, metrics = sam_mix_loss(output, masks, batch["image_label"], config.loss, segments)
-            if taught:
-                consistency = mask_loss(
-                    output.masks.logits[labelled:], pseudo.target, config.loss, pseudo.valid
-                )
-                start, length = config.consistency.start_step, config.consistency.ramp_steps
-                grown = segments * ramp(state.step, start, length) * config.consistency.weight
-                loss += grown * consistency
-                metrics |= {
-                    "loss": loss,
-                    "consistency_loss": consistency,
-                    "confident_pixels": jnp.mean(pseudo.valid.astype(jnp.float32)),
-                }
-            return loss, (metrics, updates["batch_stats"])
+            start, length = config.consistency.start_step, config.consistency.ramp_steps
+            grown = segments * ramp(state.step, start, length) * config.consistency.weight
+            loss += grown * consistency
+            metrics |= {
+                "loss": loss,
+                "consistency_loss": consistency,
+                "confident_pixels": jnp.mean(pseudo.valid.astype(jnp.float32)),
+            }
+        return loss, (metrics, updates["batch_stats"])
 
-        gradient = jax.grad(loss_fn, has_aux=True)
-        grads, (metrics, batch_stats) = gradient(state.trainable)
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        # A slice's key follows from its number, wherever it lies.
+        keys = jax.random.split(key, layout.size)[layout.order]
+        parts = jax.tree.map(layout.split_microbatches, batch | {"key": keys})
+        known = (batch["image_label"] >= 0).sum()
+
+        def backward(batch_stats, part: dict):
+            # The whole batch's mean over known labels, though parts differ in how many they know.
+            known_here = (part["image_label"] >= 0).sum()
+            share = known_here * layout.microbatches / jnp.maximum(known, 1)
+            gradient = jax.grad(loss_fn, has_aux=True)
+            grads, (metrics, batch_stats) = gradient(
+                state.trainable, state, batch_stats, part, share
+            )
+            return batch_stats, (grads, metrics)
+
+        batch_stats, (grads, metrics) = _accumulate(backward, state.batch_stats, parts)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics["gradient_norm"] = optax.tree.norm(grads)
-        metrics["parameter_norm"] = optax.tree.norm(trainable)
+        norms = jnp.stack([_leaf_norms(grads), _leaf_norms(trainable)])
+        metrics["leaf_norms"] = norms
+        metrics["gradient_norm"], metrics["parameter_norm"] = jnp.linalg.norm(norms, axis=1)
         new_state = state.replace(
             step=state.step + 1,
             trainable=trainable,
@@ -164,20 +202,58 @@ def make_train_step(model: SamMix, optimiser: optax.GradientTransformation, conf
     return train_step
 
 
-def _views(images: jax.Array, masks: jax.Array, state: TrainState, config):
-    """Weak and strong views of (B, H, W) in register, and the masks (L, H, W) that go with them.
+def _accumulate(backward, batch_stats, parts: dict):
+    """Runs `backward` on each of A microbatches in turn.
 
-    Only the teacher looks at weak views. Slices that it teaches are distorted twice as much.
+    Args:
+      backward: `(batch_stats, part) -> (batch_stats, found)`.
+      batch_stats: before the first.
+      parts: leaves (A, ...).
+
+    Returns:
+      The last batch statistics and the mean of what was found.
     """
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    if config.train.augment:
-        images, masks = move(images, masks, key)
-    strong = distort(images, key) if config.train.augment else images
+    count = len(jax.tree.leaves(parts)[0])
+    one = jax.tree.map(lambda leaf: leaf[0], parts)
+    if count == 1:  # without the sum, which takes a copy of every gradient
+        return backward(batch_stats, one)
+
+    def add(carry, part):
+        batch_stats, total = carry
+        batch_stats, found = backward(batch_stats, part)
+        return (batch_stats, jax.tree.map(jnp.add, total, found)), None
+
+    _, found = jax.eval_shape(backward, batch_stats, one)
+    total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found)
+    (batch_stats, total), _ = jax.lax.scan(add, (batch_stats, total), parts)
+    return batch_stats, jax.tree.map(lambda leaf: leaf / count, total)
+
+
+def _leaf_norms(leaves: dict) -> jax.Array:
+    return jnp.stack([jnp.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves(leaves)])
+
+
+def _views(part: dict, config, layout: BatchLayout):
+    """Weak and strong views of a microbatch's slices in register, and the masks that go with them.
+
+    Only a teacher looks at weak views. Slices that it teaches are distorted twice as much.
+
+    Returns:
+      Weak and strong (B, H, W) float32 in [0, 1], masks (L, H, W) float32 in {0, 1}.
+    """
+    images, masks = scale_slices(part["hu"], config.input), part["mask"].astype(jnp.float32)
+    keys, augment = part["key"], config.train.augment
+    if augment:
+        moves = random_moves(keys, images.shape[1:])
+        images, masks = move(images, moves), move_masks(masks, layout.first(moves))
+    first, rest = layout.first(images), layout.rest(images)
+    if augment:
+        first = distort(first, layout.first(keys))
     if config.consistency.weight > 0:
-        labelled = len(masks)
-        taught = distort(images[labelled:], jax.random.fold_in(key, 1), strength=2.0)
-        strong = jnp.concatenate([strong[:labelled], taught])
-    return images, strong, masks
+        rest = distort(rest, layout.rest(keys), strength=2.0)
+    elif augment:
+        rest = distort(rest, layout.rest(keys))
+    return images, layout.join(first, rest), masks
 
 
 def _true_boxes(masks: jax.Array) -> jax.Array:
@@ -208,23 +284,26 @@ def sam_mix_loss(
     image_label: jax.Array,
     weights,
     segmentation_share: jax.Array | float = 1.0,
+    classification_share: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The multitask loss: classification of every slice, segmentation of the labelled ones.
 
     Args:
-      output: of B slices, the first L or more segmented.
+      output: of B slices, of which L are segmented.
       masks: (L, H, W) in {0, 1}.
       image_label: (B,) int32: 1 the slice shows the organ, 0 it does not, -1 unknown and left out.
       weights: `config.loss`.
-      segmentation_share: by which its weight is multiplied.
+      segmentation_share, classification_share: by which the weights are multiplied.
 
     Returns:
       The loss, and its parts by name; scalars.
     """
     known = (image_label >= 0).astype(jnp.float32)
     classify = CLASSIFICATION_LOSSES[weights.classifier]
-    classification = classify(output.class_logits, jnp.maximum(image_label, 0), weights=known)
-    logits, candidates, iou = jax.tree.map(lambda leaf: leaf[: len(masks)], output.masks)
+    classification = classification_share * classify(
+        output.class_logits, jnp.maximum(image_label, 0), weights=known
+    )
+    logits, candidates, iou = output.masks
     segmentation = mask_loss(logits, masks, weights)
     if weights.iou:
         truth = jnp.broadcast_to(masks[:, None], candidates.shape)  # (L, M, H, W)
@@ -236,6 +315,6 @@ def sam_mix_loss(
         "loss": loss,
         "classification_loss": classification,
         "dice_loss": losses.dice_loss(logits, masks, smooth=weights.dice_smooth),
-        "accuracy": (correct * known).sum() / jnp.maximum(known.sum(), 1),
+        "accuracy": classification_share * (correct * known).sum() / jnp.maximum(known.sum(), 1),
         "empty_cams": jnp.mean(output.prompt.empty.astype(jnp.float32)),
     }

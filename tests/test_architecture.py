@@ -12,6 +12,7 @@ LAYERS = [
     {"main"},
     {"report"},
     {"predict", "evaluate", "train"},
+    {"validate", "monitor"},
     {"results", "tables"},
     {"scores"},
     {"config_rules"},
@@ -20,7 +21,7 @@ LAYERS = [
     {"train_step"},
     {"sam_mix"},
     {"preprocess", "optim", "sharding", "config", "presets", "weights"},
-    {"cam", "losses", "consistency", "metrics", "intervals", "models", "data"},
+    {"cam", "losses", "consistency", "metrics", "intervals", "models", "data", "hosts"},
     {"errors"},
 ]
 RANK = {name: rank for rank, layer in enumerate(reversed(LAYERS)) for name in layer}

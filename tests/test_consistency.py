@@ -1,7 +1,5 @@
 """The teacher: what it says, how it follows, and that slices without masks train the decoder."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ from sammix_jax.data.splits import kept_split
 from sammix_jax.losses import bce_loss, dice_loss
 from sammix_jax.optim import make_optimiser
 from sammix_jax.sam_mix import sam_mix
-from sammix_jax.sharding import make_mesh, replicated
+from sammix_jax.sharding import BatchLayout, make_mesh, replicated
 from sammix_jax.train import slices_without_masks
 from sammix_jax.train_step import TrainState, _views, make_init, make_train_step
 
@@ -86,7 +84,7 @@ def test_slices_without_masks_train_the_segmentation(taught):
         "mask": np.zeros((2, 64, 64), np.uint8),
         "image_label": np.array([1, 1, -1, -1], np.int32),
     }
-    step = jax.jit(make_train_step(model, optimiser, taught))
+    step = jax.jit(make_train_step(model, optimiser, taught, BatchLayout(2, 2)))
     assert set(state.teacher) == set(state.trainable)
     _, before = step(state, batch)
     assert before["consistency_loss"] > 0 and before["confident_pixels"] == 1
@@ -105,10 +103,13 @@ def test_both_views_and_the_masks_are_in_register(taught):
     taught.train.augment = True
     masks = np.zeros((6, 64, 64), np.float32)
     masks[:, 20:40, 14:44] = 1
-    state = types.SimpleNamespace(step=jnp.array(3))
-    weak, strong, moved = _views(
-        jnp.asarray(0.3 + 0.4 * masks), jnp.asarray(masks[:2]), state, taught
-    )
+    taught.input.window = (0, 1000)
+    part = {
+        "hu": jnp.asarray(300 + 400 * masks),
+        "mask": jnp.asarray(masks[:2]),
+        "key": jax.random.split(jax.random.key(3), 6),
+    }
+    weak, strong, moved = _views(part, taught, BatchLayout(2, 4))
     assert float(jnp.abs(moved - masks[:2]).sum()) > 100  # they were moved
     for i in range(6):
         # Beyond the slice's edge is air, at 0; the square is what lies above the middle.
@@ -118,7 +119,7 @@ def test_both_views_and_the_masks_are_in_register(taught):
         ground = (weak[i] > 0.29) & (weak[i] < 0.31)
         assert float(strong[i][square].mean() - strong[i][ground].mean()) > 0.15
     assert float(jnp.abs(strong[2:] - weak[2:]).mean()) > 0.01
-    again = _views(jnp.asarray(0.3 + 0.4 * masks), jnp.asarray(masks[:2]), state, taught)
+    again = _views(part, taught, BatchLayout(2, 4))
     np.testing.assert_array_equal(strong, again[1])
 
 

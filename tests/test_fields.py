@@ -25,6 +25,7 @@ from sammix_jax.inference import OUTSIDE, make_predict, predict_slices
 from sammix_jax.optim import make_optimiser
 from sammix_jax.prepare import prepare
 from sammix_jax.sam_mix import PROTOCOLS, sam_mix
+from sammix_jax.sharding import BatchLayout
 from sammix_jax.train_step import make_init, make_train_step
 
 TESTS = pathlib.Path(__file__).parent
@@ -38,6 +39,7 @@ PLACES = {
     "checkpoint.keep",
     "log.every_steps",
     "log.validate_every_steps",
+    "log.profile",
 }
 
 # File → test → the fields of which it tests what they change; it must name them.
@@ -294,7 +296,8 @@ def test_the_teachers_fields_reach_the_step(config, monkeypatch):
         model = sam_mix(config).clone(sam_variant=TINY)
         optimiser = make_optimiser(config.train, 10)
         state = jax.eval_shape(make_init(model, optimiser, config))
-        return jax.eval_shape(make_train_step(model, optimiser, config), state, batch)
+        step = make_train_step(model, optimiser, config, BatchLayout(1, 2))
+        return jax.eval_shape(step, state, batch)
 
     teacher = config.consistency
     assert teacher.weight == 0

@@ -27,7 +27,8 @@ def test_the_papers_step_is_sound_in_shape():
         "mask": jax.ShapeDtypeStruct((1, size, size), np.uint8),
         "image_label": jax.ShapeDtypeStruct((2,), np.int32),
     }
-    after, metrics = jax.eval_shape(make_train_step(model, optimiser, config), state, batch)
+    step = make_train_step(model, optimiser, config)
+    after, metrics = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )

@@ -126,6 +126,6 @@ def test_the_checkpoint_knows_how_its_input_was_made(tmp_path, workdir, config, 
     assert "input.normalise=unit (now minmax)" in str(error.value)
 
     shutil.copytree(workdir / "checkpoints", tmp_path / "run" / "checkpoints")
-    (tmp_path / "run" / "checkpoints" / "preprocessing.json").unlink()
+    (tmp_path / "run" / "checkpoints" / "config.json").unlink()
     with pytest.raises(UserError, match="copy the whole checkpoints folder"):
         predict(load_config(workdir), tmp_path / "run", path, mask)

@@ -9,7 +9,15 @@ import pytest
 from sammix_jax.config import default_config
 from sammix_jax.data import paper
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
-from sammix_jax.preprocess import distort, move, scale_slices, to_rgb, window
+from sammix_jax.preprocess import (
+    distort,
+    move,
+    move_masks,
+    random_moves,
+    scale_slices,
+    to_rgb,
+    window,
+)
 
 
 def test_window():
@@ -71,7 +79,8 @@ def squares(count=4, size=48):
 def test_masks_move_with_their_images():
     images = squares() * 0.6 + 0.2
     masks = squares()[:3]
-    moved, moved_masks = move(images, masks, jax.random.key(0))
+    moves = random_moves(jax.random.split(jax.random.key(0), 4), (48, 48))
+    moved, moved_masks = move(images, moves), move_masks(masks, moves[:3])
     assert moved.shape == images.shape and moved_masks.shape == masks.shape
     assert set(np.unique(moved_masks)) == {0, 1}
     for image, mask, before in zip(moved, moved_masks, masks, strict=False):
@@ -81,22 +90,26 @@ def test_masks_move_with_their_images():
 
 
 def test_augmentation_is_a_function_of_the_key():
-    images, masks = squares(), squares()[:2]
-    for change in (lambda key: move(images, masks, key)[0], lambda key: distort(images, key)):
-        a, b, c = (change(jax.random.key(k)) for k in (0, 0, 1))
+    images = squares()
+    keys = [jax.random.split(jax.random.key(k), 4) for k in (0, 0, 1)]
+    for change in (
+        lambda keys: move(images, random_moves(keys, (48, 48))),
+        lambda keys: distort(images, keys),
+    ):
+        a, b, c = (change(k) for k in keys)
         np.testing.assert_array_equal(a, b)
         assert float(jnp.abs(a - c).max()) > 0.1
         assert float(jnp.abs(a[0] - a[1]).max()) > 0.1  # one draw per slice
 
 
 def test_distortion_stays_in_range_and_moves_nothing():
-    images = squares(8) * 0.4 + 0.3
+    images, keys = squares(8) * 0.4 + 0.3, jax.random.split(jax.random.key(3), 8)
     for strength in (1.0, 2.0):
-        distorted = distort(images, jax.random.key(3), strength)
+        distorted = distort(images, keys, strength)
         assert float(distorted.min()) >= 0 and float(distorted.max()) <= 1
         inside, outside = distorted[:, 16:28, 20:38], distorted[:, :12]
         assert float(inside.mean(axis=(1, 2)).min() - outside.mean(axis=(1, 2)).max()) > 0
-    changes = [jnp.abs(distort(images, jax.random.key(3), s) - images).mean() for s in (1.0, 2.0)]
+    changes = [jnp.abs(distort(images, keys, s) - images).mean() for s in (1.0, 2.0)]
     assert changes[1] > 1.5 * changes[0]
 
 

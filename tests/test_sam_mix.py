@@ -12,6 +12,7 @@ from sam_cases import TINY
 
 from sammix_jax import cam as cams
 from sammix_jax.cam import CamPrompt, cam_prompt, grad_cam_by_gradient
+from sammix_jax.models.remat import POLICIES
 from sammix_jax.models.resnet import STAGES, Classifier
 from sammix_jax.preprocess import NORMALISATIONS, to_rgb
 from sammix_jax.sam_mix import _area_weights, sam_mix
@@ -472,8 +473,10 @@ def test_remat_computes_more_and_changes_nothing(variables, images):
         return of
 
     params = variables["params"]
-    programs = [str(jax.make_jaxpr(gradient(remat))(params)) for remat in (False, True)]
-    assert ["remat" in program or "checkpoint" in program for program in programs] == [False, True]
-    plain, again = (jax.jit(gradient(remat))(params)["sam"] for remat in (False, True))
+    programs = {name: str(jax.make_jaxpr(gradient(name))(params)) for name in POLICIES}
+    assert {name for name, text in programs.items() if "checkpoint" in text} == {"dots", "blocks"}
+    products = {name: text.count("dot_general") for name, text in programs.items()}
+    assert products["none"] == products["dots"] < products["blocks"]
+    plain, again = (jax.jit(gradient(name))(params)["sam"] for name in ("none", "blocks"))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max() + 1))

@@ -23,7 +23,7 @@ from sammix_jax.optim import make_optimiser
 from sammix_jax.prepare import prepare
 from sammix_jax.preprocess import scale_slices
 from sammix_jax.sam_mix import Masks, SamMixOutput, sam_mix
-from sammix_jax.sharding import make_mesh, replicated
+from sammix_jax.sharding import BatchLayout, make_mesh, replicated
 from sammix_jax.train import train
 from sammix_jax.train_log import read_log
 from sammix_jax.train_step import TrainState, make_init, make_train_step, sam_mix_loss
@@ -62,8 +62,8 @@ def test_resumed_equals_uninterrupted(workdir, config, tmp_path, monkeypatch):
     store = prepare(config, workdir)
     step_of = train_module.prefetch
 
-    def until_17(batches, start, stop, place):
-        for step, batch in step_of(batches, start, stop, place):
+    def until_17(make, start, stop):
+        for step, batch in step_of(make, start, stop):
             if step == 17:
                 raise Killed
             yield step, batch
@@ -79,6 +79,9 @@ def test_resumed_equals_uninterrupted(workdir, config, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     log = [row for row in read_log(tmp_path) if "per_second" not in row[1]]
     assert log == [row for row in read_log(workdir) if "per_second" not in row[1]]
+
+
+NOISE = BatchLayout(3, 1)
 
 
 def noise_batch():
@@ -100,7 +103,7 @@ def step_and_state():
     model = sam_mix(config)
     optimiser = make_optimiser(config.train, 30)
     state = jax.jit(make_init(model, optimiser, config))()
-    return jax.jit(make_train_step(model, optimiser, config)), state, noise_batch()
+    return jax.jit(make_train_step(model, optimiser, config, NOISE)), state, noise_batch()
 
 
 def test_only_the_trainable_tree_moves(step_and_state):
@@ -128,7 +131,7 @@ def test_one_batch_can_be_learnt_by_heart():
     config.loss.bce = 1.0
     model, optimiser = sam_mix(config), make_optimiser(config.train, 40)
     state = jax.jit(make_init(model, optimiser, config))()
-    step = jax.jit(make_train_step(model, optimiser, config))
+    step = jax.jit(make_train_step(model, optimiser, config, NOISE))
     batch = noise_batch()
     state, first = step(state, batch)
     for _ in range(40):
@@ -183,7 +186,8 @@ def test_a_frozen_batch_norm_stays(config):
         "mask": np.ones((1, 64, 64), np.uint8),
         "image_label": np.array([1, 0], np.int32),
     }
-    after, _ = jax.jit(make_train_step(model, optimiser, config))(state, batch)
+    step = jax.jit(make_train_step(model, optimiser, config, BatchLayout(1, 1)))
+    after, _ = step(state, batch)
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, after.batch_stats)
 
 
@@ -249,7 +253,8 @@ def given_to_the_model(config, hu, masks, step=0):
     state = TrainState(jnp.array(step), {"a/b": jnp.zeros(1)}, {}, {}, (), {})
     batch = {"hu": hu, "mask": masks, "image_label": np.ones(len(hu), np.int32)}
     with pytest.raises(Seen) as seen:
-        make_train_step(Spy(), make_optimiser(config.train, 10), config)(state, batch)
+        layout = BatchLayout(len(masks), len(hu) - len(masks))
+        make_train_step(Spy(), make_optimiser(config.train, 10), config, layout)(state, batch)
     return seen.value.args
 
 
@@ -331,7 +336,7 @@ def test_the_classifier_warms_up_alone(config, teacher):
     weights = {"sam/kernel": jnp.array(0.3), "classifier/kernel": jnp.array(-0.2)}
     taught = dict(weights) if teacher else {}
     state = TrainState(jnp.array(0), weights, {}, {}, optimiser.init(weights), taught)
-    step = jax.jit(make_train_step(Toy(), optimiser, config))
+    step = jax.jit(make_train_step(Toy(), optimiser, config, NOISE))
 
     def moved(before, after):
         return {path for path in weights if before.trainable[path] != after.trainable[path]}

@@ -7,6 +7,7 @@ image-level label alone. So every step trains both tasks, and shapes never chang
 import concurrent.futures
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,21 +41,28 @@ class Batches:
                 "slice; set it to 0."
             )
 
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of `step`.
+    def __call__(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+        """The batch of `step`, or of several processes' batch the rows that one of them needs.
+
+        Args:
+          step: from 0.
+          rows: N numbers of slices, 0 to L - 1 labelled, L to L + U - 1 not; None takes all in
+            this order. No other slice is read.
 
         Returns:
-          hu: (L + U, size, size) int16, the labelled slices first.
-          mask: (L, size, size) uint8.
-          image_label: (L + U,) int32: 1 shows the organ, 0 does not, -1 unknown.
+          hu: (N, size, size) int16.
+          mask: (n, size, size) uint8, of the n labelled slices among the rows.
+          image_label: (N,) int32: 1 shows the organ, 0 does not, -1 unknown.
         """
         labelled = self._draw(self.labelled, self.sizes[0], step, stream=0)
         unlabelled = self._draw(self.unlabelled, self.sizes[1], step, stream=1)
-        both = labelled + unlabelled
+        rows = range(sum(self.sizes)) if rows is None else rows
+        chosen = [(labelled + unlabelled)[row] for row in rows]
+        masked = [labelled[row] for row in rows if row < len(labelled)]
         return {
-            "hu": np.stack([self.store.hu(s) for s in both]),
-            "mask": np.stack([self.store.mask(s) for s in labelled]),
-            "image_label": np.array([self.store.image_label(s) for s in both], np.int32),
+            "hu": np.stack([self.store.hu(s) for s in chosen]),
+            "mask": np.stack([self.store.mask(s) for s in masked]),
+            "image_label": np.array([self.store.image_label(s) for s in chosen], np.int32),
         }
 
     @property
@@ -72,10 +80,9 @@ class Batches:
         ]
 
 
-def prefetch(batches: Batches, start: int, stop: int, place):
-    """Yields `place(batches(step))` for each step, the next one made while this one is in use."""
+def prefetch(make, start: int, stop: int):
+    """Yields (step, `make(step)`) for each step, the next one made while this one is in use."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        make = lambda step: place(batches(step))  # noqa: E731
         pending = pool.submit(make, start) if start < stop else None
         for step in range(start, stop):
             batch = pending.result()

@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sammix_jax.models.remat import rematerialised
+
 _KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -185,20 +187,23 @@ class ResNet38(nn.Module):
       output_stride: 32 (the classification form), or 16 or 8 (dilated, the form of the weakly
         supervised literature: B5 at dilation 2, B6 and B7 at 4).
       dtype: compute dtype.
+      remat: a name in `remat.POLICIES`.
     """
 
     output_stride: int = 32
     dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, begin: str = "", end: str = "") -> jax.Array:
         """(B, H, W, C) → (B, h, w, 4096), not negative; `begin` and `end` as in `_between`."""
         if not begin:
             x = _conv(x, 64, 3, 1, 1, self.dtype, "conv1a")
+        block = rematerialised(PreActivationBlock, self.remat, static_argnums=(2,))
         stages = _dilate(_RESNET38, 1, self.output_stride)
         for stage, stride, before, dilation in _between(stages, begin, end):
             for i in range(stage.depth):
-                x = PreActivationBlock(
+                x = block(
                     widths=stage.widths,
                     kernels=stage.kernels,
                     stride=stride if i == 0 else 1,
@@ -218,11 +223,13 @@ class ResNet(nn.Module):
       arch: 'resnet18', 'resnet34', 'resnet50' or 'mini'.
       output_stride: 32, 16 or 8; `mini` 16 or 8.
       dtype: compute dtype.
+      remat: a name in `remat.POLICIES`.
     """
 
     arch: str
     output_stride: int
     dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, begin: str = "", end: str = "") -> jax.Array:
@@ -237,10 +244,11 @@ class ResNet(nn.Module):
             x = nn.relu(_norm(x, train, self.dtype, "bn1"))
             if not mini:
                 x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        block = rematerialised(ResidualBlock, self.remat, static_argnums=(2,))
         stages = _dilate(_RESNETS[self.arch], 2 if mini else 4, self.output_stride)
         for stage, stride, before, dilation in _between(stages, begin, end):
             for i in range(stage.depth):
-                x = ResidualBlock(
+                x = block(
                     widths=stage.widths,
                     kernels=stage.kernels,
                     stride=stride if i == 0 else 1,
@@ -265,6 +273,7 @@ class Classifier(nn.Module):
       dtype: compute dtype of the trunk; pooling and head are float32.
       freeze_batch_norm: normalise by the running statistics in training too, as batches of one
         slice may need.
+      remat: a name in `remat.POLICIES`.
     """
 
     arch: str
@@ -272,6 +281,7 @@ class Classifier(nn.Module):
     output_stride: int | None = None
     dtype: jnp.dtype = jnp.float32
     freeze_batch_norm: bool = False
+    remat: str = "none"
 
     def setup(self):
         """Raises ValueError for an unknown `arch`, or an `output_stride` that it does not have."""
@@ -285,9 +295,9 @@ class Classifier(nn.Module):
                 f"or None for {options[0]}."
             )
         if self.arch == "resnet38":
-            self.trunk = ResNet38(output_stride, self.dtype)
+            self.trunk = ResNet38(output_stride, self.dtype, self.remat)
         else:
-            self.trunk = ResNet(self.arch, output_stride, self.dtype)
+            self.trunk = ResNet(self.arch, output_stride, self.dtype, self.remat)
         self.head = nn.Dense(self.num_classes)
 
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:

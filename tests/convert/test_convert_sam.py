@@ -138,7 +138,7 @@ def adapted(files, tmp_path_factory):
     )
     state = load_pretrained(random, config)
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save_preprocessing(config)
+        checkpoints.save_config(config)
         checkpoints.save_frozen(state)
         checkpoints.save_best(state, 1, 0.5)
     return folder

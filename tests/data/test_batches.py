@@ -44,6 +44,23 @@ def test_shapes_and_quota(batches):
     np.testing.assert_array_equal(batch["mask"][:, 0, 0], batch["hu"][:2, 0, 0] % 2)
 
 
+def test_rows_are_those_of_the_whole_batch(batches):
+    """And no other slice is read."""
+    whole, part = batches(2), batches(2, [1, 3, 0])
+    for name in ("hu", "image_label"):
+        np.testing.assert_array_equal(part[name], whole[name][[1, 3, 0]])
+    np.testing.assert_array_equal(part["mask"], whole["mask"][[1, 0]])
+    read = []
+
+    class Watched(FakeStore):
+        def hu(self, s):
+            read.append(s)
+            return super().hu(s)
+
+    dataclasses.replace(batches, store=Watched())(2, [1, 3, 0])
+    assert len(read) == 3
+
+
 def test_any_step_without_those_before(batches):
     in_order = [numbers(batches(step)) for step in range(20)]
     assert numbers(dataclasses.replace(batches)(13)) == in_order[13]
@@ -59,9 +76,10 @@ def test_each_pass_shows_every_slice_once(batches):
 
 
 def test_prefetch_keeps_the_order(batches):
-    ahead = list(prefetch(batches, 3, 7, numbers))
-    assert ahead == [(step, numbers(batches(step))) for step in range(3, 7)]
-    assert list(prefetch(batches, 3, 3, numbers)) == []
+    ahead = list(prefetch(batches, 3, 7))
+    assert [step for step, _ in ahead] == [3, 4, 5, 6]
+    assert [numbers(batch) for _, batch in ahead] == [numbers(batches(s)) for s in range(3, 7)]
+    assert list(prefetch(batches, 3, 3)) == []
 
 
 def test_prefetch_raises_what_a_batch_raises():
@@ -69,7 +87,7 @@ def test_prefetch_raises_what_a_batch_raises():
         raise ValueError(f"step {step}")
 
     with pytest.raises(ValueError, match="step 4"):
-        list(prefetch(broken, 4, 6, numbers))
+        list(prefetch(broken, 4, 6))
 
 
 def test_refusals():

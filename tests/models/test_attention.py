@@ -136,5 +136,5 @@ def test_remat_changes_nothing():
         return jnp.mean(encoder.apply({"params": params}, images) ** 2)
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, remat = gradient(params, False), gradient(params, True)
+    plain, remat = gradient(params, "none"), gradient(params, "blocks")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, remat)

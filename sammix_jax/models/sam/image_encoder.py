@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sammix_jax.models.lora import add_low_rank
+from sammix_jax.models.remat import rematerialised
 from sammix_jax.models.sam.attention import QUERY_CHUNK, attend
 from sammix_jax.models.sam.layers import LayerNorm, Mlp, gelu
 from sammix_jax.models.sam.variants import SamVariant
@@ -130,7 +131,7 @@ class ImageEncoder(nn.Module):
       variant: sizes.
       lora_rank, lora_targets: LoRA on each block's fused projection; rank 0 means none.
       query_chunk: see `attention.attend`.
-      remat: compute each block again in the backward pass instead of keeping its activations.
+      remat: a name in `remat.POLICIES`: what of each block the backward pass computes again.
       dtype: compute type; parameters are float32.
     """
 
@@ -138,7 +139,7 @@ class ImageEncoder(nn.Module):
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("q", "v")
     query_chunk: int = QUERY_CHUNK
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -183,7 +184,7 @@ class ImageEncoder(nn.Module):
             position = jax.image.resize(position, (1, *x.shape[1:]), "linear", antialias=False)
         x = x + position.astype(self.dtype)
 
-        block = nn.remat(Block) if self.remat else Block
+        block = rematerialised(Block, self.remat)
         for i in range(sizes.depth):
             is_global = i in sizes.global_blocks
             x = block(

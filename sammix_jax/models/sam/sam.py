@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from sammix_jax.models.sam.attention import QUERY_CHUNK
 from sammix_jax.models.sam.image_encoder import ImageEncoder
 from sammix_jax.models.sam.mask_decoder import MaskDecoder
 from sammix_jax.models.sam.prompt_encoder import PromptEncoder
@@ -37,14 +38,16 @@ class Sam(nn.Module):
       lora_targets: which of 'q', 'k', 'v' they adapt in every encoder block.
       dtype: compute type of all three parts; parameters are float32, as are softmax,
         LayerNorm, the encoding of coordinates and the outputs of `decode`.
-      remat: compute each encoder block again in the backward pass, for less memory.
+      remat: see `ImageEncoder`.
+      query_chunk: see `attention.attend`.
     """
 
     variant: str | SamVariant
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("q", "v")
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
+    query_chunk: int = QUERY_CHUNK
 
     def setup(self) -> None:
         sizes = get_variant(self.variant)
@@ -53,6 +56,7 @@ class Sam(nn.Module):
             lora_rank=self.lora_rank,
             lora_targets=self.lora_targets,
             remat=self.remat,
+            query_chunk=self.query_chunk,
             dtype=self.dtype,
         )
         self.prompt_encoder = PromptEncoder(sizes.prompt_dim, dtype=self.dtype)

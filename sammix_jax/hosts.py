@@ -1,0 +1,121 @@
+"""One run on several processes: joining them, telling who writes, and stopping together."""
+
+import importlib.util
+import os
+import pathlib
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+from sammix_jax.errors import UserError
+
+TERMINATED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM stopped
+
+
+def join(multihost: bool | None = None) -> None:
+    """Joins the other processes of the run, if there are any. Must precede any other use of JAX.
+
+    `jax.distributed.initialize()` finds them on Cloud TPU, under Slurm and under Open MPI;
+    elsewhere JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID tell of
+    them.
+
+    Args:
+      multihost: whether there are others; None finds out from the environment.
+
+    Raises:
+      UserError: variables that do not go together, or processes that do not answer.
+    """
+    if multihost is False or (multihost is None and not _several()):
+        return
+    given = {}
+    for name in ("num_processes", "process_id"):
+        variable = f"JAX_{name.upper()}"
+        if variable in os.environ:
+            if not os.environ[variable].isdigit():
+                raise UserError(f"{variable}={os.environ[variable]!r}: expected a number.")
+            given[name] = int(os.environ[variable])
+    try:
+        jax.distributed.initialize(**given)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes of this run could not be joined ({error}); outside of Cloud TPU, Slurm "
+            "and Open MPI set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for "
+            "each, or say --nomultihost for a run of one process."
+        ) from error
+
+
+def _several() -> bool:
+    if {"JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"} & set(os.environ):
+        return True
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    if any(int(os.environ.get(name, 1)) > 1 for name in counts):
+        return True
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
+    # A Compute Engine TPU VM tells of its hosts by its metadata server, which JAX asks.
+    has_tpu = any(pathlib.Path(path).exists() for path in ("/dev/accel0", "/dev/vfio/0"))
+    return has_tpu and importlib.util.find_spec("libtpu") is not None and _platform_is_tpu()
+
+
+def _platform_is_tpu() -> bool:
+    return os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] in ("tpu", "")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and speaks to the user."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def first_then_others(work, name: str):
+    """`work()` on the first process, then on the others, which find what it has written."""
+    result = work() if is_first() else None
+    wait_for_all(name)
+    return result if is_first() else work()
+
+
+def to_host(tree):
+    """Arrays of all devices → whole NumPy arrays, on every process."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
+
+
+class Termination:
+    """Notices SIGTERM, which schedulers send before they take a machine away; a context manager."""
+
+    def __enter__(self):
+        self._asked = False
+        # Of several processes JAX's own handler tells every one, so that all stop at one step.
+        self._alone = jax.process_count() == 1
+        # Python lets the main thread alone handle signals.
+        self._handles = self._alone and threading.current_thread() is threading.main_thread()
+        if self._handles:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_):
+        self._asked = True
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after `step`; all processes must ask, once a step, and get one answer."""
+        return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def asked_alone(self) -> bool:
+        """Whether a run of one process was asked; of several, no process may stop on its own."""
+        return self._asked
+
+
+class Terminated(Exception):
+    """The run was asked to stop and has saved its state."""
