@@ -177,6 +177,9 @@ def test_a_preempted_slice_is_asked_for_again(fakes, code):
     assert tpu_vm(fakes, answers)[0] == 0
     assert len(fakes.calls(TRAIN)) == len(fakes.calls(CREATE)) == len(fakes.calls(DELETE)) == 2
     assert len(fakes.calls("requirements/tpu.txt")) == 2
+    calls = [" ".join(call) for call in fakes.calls("queued-resources")]
+    asked = calls[: next(i for i, call in enumerate(calls) if DELETE in call)]
+    assert len([call for call in asked if "describe" in call]) == len(first) + 2
 
 
 @pytest.mark.parametrize("code", [255, 143])
