@@ -1,7 +1,7 @@
 # make demo   train, evaluate and predict on phantom CT (minutes, CPU)
 # make test   lint and tests
 # make parity the same weights in PyTorch and here (installs torch)
-# make bench  the image encoder beside PyTorch's (installs torch)
+# make bench  encoder and training step beside PyTorch's, then the input pipeline (installs torch)
 # make bench-labels  how few labels suffice on the phantom (hours, CPU; goes on where it stopped)
 # Each sets up .venv with what it needs.
 
@@ -24,10 +24,12 @@ test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
 parity: $(VENV)/convert
-	$(BIN)/python -m pytest tests/models tests/convert
+	$(BIN)/python -m pytest tests/models tests/convert tests/benchmarks
 
 bench: $(VENV)/convert
 	$(BIN)/python -m benchmarks.encoder --rounds 2 --repeats 3
+	$(BIN)/python -m benchmarks.train_step --rounds 2 --repeats 3
+	$(BIN)/python -m benchmarks.input_pipeline
 
 bench-labels: $(VENV)/core
 	$(BIN)/python -m benchmarks.labels --workdir=runs/labels

@@ -1,0 +1,99 @@
+"""A training step of SAM-Mix on the CPU: this project beside PyTorch.
+
+    python -m benchmarks.train_step --sides 256 1024 --rounds 3 --repeats 3
+
+Both take one labelled and one unlabelled int16 slice of 256 × 256 and return when the parameters
+are updated: window, ResNet-38 on both slices, Grad-CAM, mask and box; SAM's vit_b with LoRA at
+`side` on the labelled one; Dice and cross-entropy, gradients, Adam. All is float32 from random
+weights, and nothing is recomputed in the backward pass except what this project's attention does by
+itself. The PyTorch step is `benchmarks/torch_sam_mix.py`, from the official modules built for the
+side; the JAX one is what `main.py` trains with under configs/lits.py:standard, where SAM's position
+tables keep their native size and are resized in every step.
+
+Processes, cores, threads, repeats and the whole peak are as in `benchmarks/encoder.py`. The rise is
+counted from what is resident when weights and Adam's moments are loaded, in both: initialising a
+state holds more for a moment than the state does.
+
+Needs requirements/convert.txt, for the official package.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.side_by_side import SideBySide, resident_megabytes, run
+
+SIZE = 256  # of the slices, pixels
+LABELLED = UNLABELLED = 1
+
+
+def torch_step(side: int, threads: int):
+    """Returns PyTorch's step as a function of a batch, weights and moments loaded."""
+    from benchmarks.torch_sam_mix import make_step
+
+    return make_step(side, threads)
+
+
+def jax_step(side: int, threads: int):
+    """Returns this project's step, as `torch_step` does; XLA sizes its pool by the cores."""
+    import jax
+
+    from configs import lits
+    from sammix_jax.optim import make_optimiser
+    from sammix_jax.sam_mix import sam_mix
+    from sammix_jax.sharding import make_mesh, place_batch, replicated
+    from sammix_jax.train_step import make_init, make_train_step
+
+    config = lits.get_config("standard")
+    config.model.image_size = side
+    config.train.batch_labelled, config.train.batch_unlabelled = LABELLED, UNLABELLED
+    mesh = make_mesh()
+    sharding = replicated(mesh)
+    model, optimiser = sam_mix(config), make_optimiser(config.train, steps=1)
+    state = jax.jit(make_init(model, optimiser, config), out_shardings=sharding)()
+    jax.block_until_ready(state)
+    train_step = jax.jit(
+        make_train_step(model, optimiser, config),
+        out_shardings=(sharding, sharding),
+        donate_argnums=0,
+    )
+
+    def step(batch):
+        nonlocal state
+        state, metrics = train_step(state, place_batch(batch, mesh))
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return step
+
+
+def make_batch(side: int = 0) -> dict[str, np.ndarray]:
+    """Noise about soft tissue, with a brighter ellipse and its mask in the labelled slice.
+
+    The slices are of one size, whatever SAM's input is.
+    """
+    rng = np.random.default_rng(1)
+    hu = rng.normal(40, 60, (LABELLED + UNLABELLED, SIZE, SIZE))
+    y, x = np.mgrid[:SIZE, :SIZE] / SIZE
+    organ = ((x - 0.35) / 0.2) ** 2 + ((y - 0.45) / 0.25) ** 2 < 1
+    hu[:LABELLED, organ] += 80
+    return {
+        "hu": hu.astype(np.int16),
+        "mask": np.repeat(organ[None].astype(np.uint8), LABELLED, axis=0),
+        "image_label": np.array([1] * LABELLED + [0] * UNLABELLED, np.int32),
+    }
+
+
+STEPS = SideBySide(
+    module="benchmarks.train_step",
+    title=f"SAM-Mix training step, vit_b and ResNet-38, batch {LABELLED} + {UNLABELLED}, float32",
+    makers={"pytorch": torch_step, "jax": jax_step},
+    make_input=make_batch,
+    sides=(256, 1024),
+    slices=LABELLED + UNLABELLED,
+    loaded=resident_megabytes,
+)
+
+
+if __name__ == "__main__":
+    run(STEPS)
