@@ -6,6 +6,7 @@ together. Writes the loss of each step and the state after the last, by layout.
 
 import sys
 
+import conftest  # noqa: F401 — before JAX, which reads its settings
 import jax
 import numpy as np
 from conftest import small_config
@@ -35,7 +36,7 @@ LAYOUTS = [
 def config_of_layouts():
     """Everything a step may hold: augmentation, boxes, fusion, trained whole, labels unknown."""
     config = small_config()
-    config.train.batch_labelled, config.train.batch_unlabelled = 16, 32
+    config.train.batch_labelled, config.train.batch_unlabelled = 16, 16
     config.train.schedule, config.train.warmup_steps = "constant", 0
     config.train.learning_rate = 1e-4
     config.loss.bce = 1.0
@@ -45,10 +46,10 @@ def config_of_layouts():
 def batches(step: int, rows) -> dict[str, np.ndarray]:
     """Noise with a bright square on the slices that show the organ."""
     rng = np.random.default_rng(step)
-    hu = rng.normal(0, 60, (48, 64, 64)).astype(np.int16)
-    label = rng.integers(-1, 2, 48).astype(np.int32)
+    hu = rng.normal(0, 60, (32, 64, 64)).astype(np.int16)
+    label = rng.integers(-1, 2, 32).astype(np.int32)
     label[:16] = 1
-    mask = np.zeros((48, 64, 64), np.uint8)
+    mask = np.zeros((32, 64, 64), np.uint8)
     for i in np.flatnonzero(label == 1):
         y, x = rng.integers(8, 30, 2)
         mask[i, y : y + 24, x : x + 18] = 1
