@@ -8,7 +8,6 @@ architecture is recognised from the shapes. The ImageNet head is left out: the c
 starts from random values.
 """
 
-import pathlib
 import sys
 
 from absl import app, flags
@@ -16,6 +15,7 @@ from absl import app, flags
 from convert.classifier_rules import CLASSIFIERS
 from convert.rules import recognise
 from convert.sources import caster, foreign, read_tensors, sha256
+from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 from sammix_jax.weights import DTYPES, write_weights
 
@@ -34,7 +34,7 @@ def convert(path, output, dtype: str | None = None) -> str:
     Raises:
       UserError: a file that cannot be read or is no such classifier; nothing is written then.
     """
-    path, output = pathlib.Path(path), pathlib.Path(output)
+    path, output = as_path(path), as_path(output)
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: expected a name that ends in .safetensors.")
     source = read_tensors(path)

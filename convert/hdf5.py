@@ -7,7 +7,6 @@ arithmetic is the authors'. Each labelled scan becomes DIR/NAME.h5 (`sammix_jax/
 its parts), its slices numbered as in the scan. DIR can then be a data.root or an evaluate.root.
 """
 
-import pathlib
 import sys
 
 from absl import app, flags
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from sammix_jax.data import hdf5, paper
 from sammix_jax.data.files import whole_file
+from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.errors import UserError
 
@@ -33,7 +33,7 @@ def convert(store, output) -> tuple[int, int]:
       UserError: no store, one of another arithmetic or without masks, other HDF5 files in the
         output, or no room. Files that are there are whole.
     """
-    output = pathlib.Path(output)
+    output = as_path(output)
     h5py = hdf5.import_h5py(output)
     store = SliceStore.open(store)
     _check_arithmetic(store)
@@ -70,7 +70,7 @@ def _check_arithmetic(store: SliceStore) -> None:
         )
 
 
-def _check_output(output: pathlib.Path, names: set[str]) -> None:
+def _check_output(output: Path, names: set[str]) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; expected a folder.")
     strangers = sorted(p.name for p in output.glob("*") if hdf5.is_hdf5(p) and p.name not in names)

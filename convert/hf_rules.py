@@ -1,11 +1,10 @@
 """SAM in the layout of Hugging Face `transformers.SamModel`, and the folder that it loads."""
 
-import pathlib
-
 import numpy as np
 
 from convert.rules import CONV, DECONV, LINEAR, NORM, VALUE, Rule, Table
 from sammix_jax.data.files import write_json
+from sammix_jax.data.paths import Path
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.weights import save_arrays
@@ -105,7 +104,7 @@ HUGGING_FACE = Table(
 )
 
 
-def write_folder(folder: pathlib.Path, arrays: dict[str, np.ndarray], variant: str) -> None:
+def write_folder(folder: Path, arrays: dict[str, np.ndarray], variant: str) -> None:
     """Writes what `SamModel.from_pretrained` and `SamProcessor.from_pretrained` read.
 
     Args:

@@ -9,7 +9,6 @@ Reads official files (MedSAM's too), Hugging Face's model.safetensors or its fol
 last. The layout and the variant are recognised from the content.
 """
 
-import pathlib
 import sys
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from convert.sam_rules import OFFICIAL, SAM_MODELS, sam_shapes
 from convert.sources import caster, foreign, import_torch, read_tensors, sha256, to_torch
 from sammix_jax.config import load_config
 from sammix_jax.data.files import whole_file
+from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model
 from sammix_jax.models.lora import merge_lora
@@ -61,7 +61,7 @@ def convert(path, output, form: str | None = None, dtype: str | None = None) -> 
       UserError: an input that cannot be read or is no SAM, an output that cannot be written;
         nothing is left behind then.
     """
-    path, output = pathlib.Path(path), pathlib.Path(output)
+    path, output = as_path(path), as_path(output)
     form = _check_output(output, form)
     cast = caster(path, dtype)
     sam = load(path, cast)
@@ -80,7 +80,7 @@ def convert(path, output, form: str | None = None, dtype: str | None = None) -> 
     return sam.variant
 
 
-def load(path: pathlib.Path, cast) -> Loaded:
+def load(path: Path, cast) -> Loaded:
     """Reads a SAM from any source; `cast` is applied to every array."""
     if path.is_dir() and (path / "checkpoints").is_dir():
         return _load_workdir(path, cast)
@@ -98,16 +98,16 @@ def load(path: pathlib.Path, cast) -> Loaded:
     raise foreign(path, source, "a SAM: official, Hugging Face's or this project's")
 
 
-def _load_workdir(workdir: pathlib.Path, cast) -> Loaded:
+def _load_workdir(workdir: Path, cast) -> Loaded:
     config = load_config(workdir)
     _, variables = load_model(config, workdir)
     params = merge_lora(variables["params"]["sam"])
     leaves = traverse_util.flatten_dict(params, sep="/")
     arrays = {path: cast(np.asarray(leaf)) for path, leaf in leaves.items()}
-    return Loaded(arrays, config.model.sam, workdir.resolve().name, "")
+    return Loaded(arrays, config.model.sam, resolved(workdir).name, "")
 
 
-def _load_own(path: pathlib.Path, cast) -> Loaded:
+def _load_own(path: Path, cast) -> Loaded:
     arrays, metadata = read_weights(path)
     variant = metadata["model"]
     shapes = {name: array.shape for name, array in arrays.items()}
@@ -119,7 +119,7 @@ def _load_own(path: pathlib.Path, cast) -> Loaded:
     return Loaded({name: cast(a) for name, a in arrays.items()}, variant, path.name, sha256(path))
 
 
-def _hugging_face_file(folder: pathlib.Path) -> pathlib.Path:
+def _hugging_face_file(folder: Path) -> Path:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
@@ -129,7 +129,7 @@ def _hugging_face_file(folder: pathlib.Path) -> pathlib.Path:
     )
 
 
-def _check_output(output: pathlib.Path, form: str | None) -> str:
+def _check_output(output: Path, form: str | None) -> str:
     """The form of an output that may be written; refused before the work, not after it."""
     endings = {"sammix": (".safetensors",), "official": (".pth", ".pt"), "hf": ("",)}
     if form is None:
@@ -152,7 +152,7 @@ def _check_output(output: pathlib.Path, form: str | None) -> str:
     return form
 
 
-def _write_official(output: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+def _write_official(output: Path, arrays: dict[str, np.ndarray]) -> None:
     torch = import_torch(output)
     state = {key: to_torch(array) for key, array in arrays.items()}
     with whole_file(output) as partial:

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import pathlib
 import pickle
 import re
 import warnings
@@ -13,6 +12,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sammix_jax.data.files import local_copy
+from sammix_jax.data.paths import Path, as_path
 from sammix_jax.errors import UserError
 
 # A key that gives a layout away → what the file is.
@@ -46,7 +47,7 @@ def read_tensors(path) -> dict[str, Stored]:
     Raises:
       UserError: a file that is missing, damaged, carries code, or holds other things than arrays.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     stored = _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
@@ -64,7 +65,7 @@ def foreign(path, source: Mapping[str, Stored], expected: str) -> UserError:
 
 
 def sha256(path) -> str:
-    with open(path, "rb") as file:
+    with local_copy(path) as local, open(local, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -88,9 +89,10 @@ def caster(path, dtype: str | None) -> Callable[[np.ndarray], np.ndarray]:
     return cast
 
 
-def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
+def _safetensors(path: Path) -> dict[str, Stored]:
     try:
-        file = safe_open(path, framework="np")
+        with local_copy(path) as local:
+            file = safe_open(local, framework="np")  # stays open when the copy is gone
         return {
             key: Stored(
                 tuple(file.get_slice(key).get_shape()), functools.partial(file.get_tensor, key)
@@ -104,12 +106,13 @@ def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
         ) from error
 
 
-def _pytorch(path: pathlib.Path) -> dict[str, Stored]:
+def _pytorch(path: Path) -> dict[str, Stored]:
     torch = import_torch(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd files, which the errors below name
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with local_copy(path) as local:
+                content = torch.load(local, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise _refuse(path, str(error)) from error
     if isinstance(content, dict):
@@ -131,7 +134,7 @@ def _pytorch(path: pathlib.Path) -> dict[str, Stored]:
     }
 
 
-def _refuse(path: pathlib.Path, error: str) -> UserError:
+def _refuse(path: Path, error: str) -> UserError:
     code = re.search(r"GLOBAL (\S+)|TorchScript", error)
     if code:
         return UserError(

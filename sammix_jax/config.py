@@ -5,11 +5,11 @@ S stated by the authors, F shown in their figure, L from the group's later code,
 """
 
 import json
-import pathlib
 
 import ml_collections
 
 from sammix_jax.data.files import read_json, write_json
+from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 
 # What may differ between the run that made a workdir and a later use of it: where things lie and
@@ -162,7 +162,7 @@ get_config = default_config  # the name by which --config finds a file's config
 def claim_workdir(config, workdir) -> None:
     """Pins the config to its workdir, once all of it is known to be sound."""
     check_workdir(config, workdir)
-    path = pathlib.Path(workdir) / "config.json"
+    path = as_path(workdir) / "config.json"
     if not path.exists():
         write_json(path, json.loads(config.to_json()))
 
@@ -173,7 +173,7 @@ def check_workdir(config, workdir) -> None:
     Raises:
       UserError: the workdir belongs to another config; names the differing fields.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = as_path(workdir) / "config.json"
     if not path.exists():
         return
     saved, given = read_json(path), json.loads(config.to_json())
@@ -210,7 +210,7 @@ def load_config(workdir) -> ml_collections.ConfigDict:
     Raises:
       UserError: no run there.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = as_path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; --workdir must be the folder of a training run.")
     config = default_config()

@@ -1,10 +1,9 @@
 """What each config field may be. Checked before any work, so that a typing error costs nothing."""
 
-import pathlib
-
 from sammix_jax.cam import COMPONENTS, METHODS
 from sammix_jax.data import paper
 from sammix_jax.data.geometry import RESIZES
+from sammix_jax.data.paths import as_path
 from sammix_jax.data.phantom import DOMAINS
 from sammix_jax.data.splits import PARTS
 from sammix_jax.errors import UserError
@@ -175,7 +174,7 @@ def check_weight_files(config) -> None:
     """
     for field in ("model.sam_weights", "model.classifier_weights"):
         file = _get(config, field)
-        if file and not pathlib.Path(file).is_file():
+        if file and not as_path(file).is_file():
             raise UserError(f"{field}={file}: no such file; docs/weights.md tells how to make it.")
 
 

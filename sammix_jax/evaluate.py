@@ -2,13 +2,13 @@
 
 import dataclasses
 import logging
-import pathlib
 
 import numpy as np
 from tqdm import tqdm
 
 from sammix_jax.cam import mask_to_box
 from sammix_jax.data import datasets, hdf5, volumes
+from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import digest, image_digest, kept_split, training_scans
 from sammix_jax.errors import UserError
@@ -153,8 +153,8 @@ def _scans(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
     scans = [
         datasets.Scan(
             name,
-            pathlib.Path(records[name].image),
-            pathlib.Path(records[name].label),
+            as_path(records[name].image),
+            as_path(records[name].label),
             records[name].label_values,
         )
         for name in names

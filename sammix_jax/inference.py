@@ -1,6 +1,5 @@
 """Slices in, masks out: the one path that validation, evaluation and prediction share."""
 
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from sammix_jax import hosts
 from sammix_jax.cam import mask_to_box
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.data.geometry import slice_geometry
+from sammix_jax.data.paths import as_path
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
@@ -157,7 +157,7 @@ def load_model(config, workdir) -> tuple[SamMix, dict]:
     Raises:
       UserError: the workdir has no checkpoint, or one whose weights were trained on other input.
     """
-    folder = pathlib.Path(workdir) / "checkpoints"
+    folder = as_path(workdir) / "checkpoints"
     if not folder.exists():
         raise UserError(f"{folder}: no checkpoint there; train the workdir first.")
     model = sam_mix(config)

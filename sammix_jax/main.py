@@ -5,7 +5,6 @@ python -m sammix_jax.main --mode=predict --workdir=DIR --input=scan.nii.gz --out
 python -m sammix_jax.main --mode=summarise --workdir='runs/seed-*'
 """
 
-import glob
 import logging
 import os
 import pathlib
@@ -20,6 +19,7 @@ from sammix_jax import evaluate, hosts, predict, prepare, report, results, train
 from sammix_jax.config import check_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data.datasets import natural
+from sammix_jax.data.paths import Path, as_path, find_matching
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import kept_split
 from sammix_jax.errors import UserError
@@ -119,7 +119,7 @@ def _run(mode: str, workdir: pathlib.Path) -> None:
             print(f"{made.mask}: {config.data.organ} {volume}, see {made.overlay}")
 
 
-def _config(mode: str, workdir: pathlib.Path):
+def _config(mode: str, workdir: Path):
     """The config of the command line; what it leaves out, a trained workdir's own tells."""
     flag = flags.FLAGS["config"]
     if mode in ("train", "prepare"):
@@ -182,7 +182,7 @@ def _train(config, workdir: pathlib.Path) -> None:
     print(f"overlay     {workdir / 'prediction_overlay.png'}\nprediction  {prediction}")
 
 
-def _example_scan(config, store: SliceStore, workdir: pathlib.Path) -> str:
+def _example_scan(config, store: SliceStore, workdir: Path) -> str:
     """A scan that trained nothing, where there is one: without a mask, unless a teacher taught on
     those, or of the test part; else one that only chose the checkpoint; else any."""
     split = kept_split(workdir)
@@ -192,7 +192,7 @@ def _example_scan(config, store: SliceStore, workdir: pathlib.Path) -> str:
     return store.records[name].image
 
 
-def _evaluate(config, workdir: pathlib.Path) -> None:
+def _evaluate(config, workdir: Path) -> None:
     try:
         _report(config, workdir, evaluate.evaluate(config, workdir))
     except evaluate.IncompleteEvaluation as error:
@@ -200,29 +200,29 @@ def _evaluate(config, workdir: pathlib.Path) -> None:
         raise
 
 
-def _report(config, workdir: pathlib.Path, evaluation: evaluate.Evaluation) -> None:
+def _report(config, workdir: Path, evaluation: evaluate.Evaluation) -> None:
     report.write_report(results.results_folder(config, workdir), evaluation, config, workdir)
     print()
     _print_results(config, workdir, evaluation.results)
 
 
-def _print_results(config, workdir: pathlib.Path, found: dict) -> None:
+def _print_results(config, workdir: Path, found: dict) -> None:
     page = results.results_folder(config, workdir) / "report.html"
     print(f"{result_table(found)}\n\nreport      {page}")
 
 
-def _workdirs(patterns: str) -> list[pathlib.Path]:
+def _workdirs(patterns: str) -> list[Path]:
     """Workdirs by patterns with commas between, each once, in natural order."""
     found = set()
     for pattern in patterns.split(","):
-        folders = [pathlib.Path(path) for path in glob.glob(pattern.strip())]
-        if not any(folder.is_dir() for folder in folders):
+        folders = [path for path in find_matching(pattern.strip()) if path.is_dir()]
+        if not folders:
             raise UserError(f"--workdir={pattern}: no such folder; give trained workdirs.")
-        found |= {folder for folder in folders if folder.is_dir()}
+        found |= set(folders)
     return sorted(found, key=lambda folder: natural(str(folder)))
 
 
-def _summarise(workdirs: list[pathlib.Path]) -> None:
+def _summarise(workdirs: list[Path]) -> None:
     """The evaluation of each workdir that the config of the first one, or --config, names."""
     config = _config("summarise", workdirs[0])
     check_config(config)
@@ -238,7 +238,7 @@ def _summarise(workdirs: list[pathlib.Path]) -> None:
         )
     if _OUTPUT.value:
         results.write_over_seeds(_OUTPUT.value, means)
-        print(f"\nsummary     {pathlib.Path(_OUTPUT.value) / 'summary.json'}")
+        print(f"\nsummary     {as_path(_OUTPUT.value) / 'summary.json'}")
 
 
 def _parse_flags(argv):

@@ -2,12 +2,12 @@
 
 import dataclasses
 import logging
-import pathlib
 
 import numpy as np
 
 from sammix_jax import figures
 from sammix_jax.data import volumes
+from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model, make_predict, predict_volume
 
@@ -21,8 +21,8 @@ NO_SCANS = (".", "segmentation-")
 class Prediction:
     """What one predicted scan left behind; no volume where the scan has lost its spacing."""
 
-    mask: pathlib.Path
-    overlay: pathlib.Path
+    mask: Path
+    overlay: Path
     organ_ml: float | None
 
 
@@ -42,7 +42,7 @@ def predict(config, workdir, source, target) -> list[Prediction]:
       UserError: nothing to predict, or a target that would overwrite a scan; bad scans, once all
         others are predicted.
     """
-    pairs = _pairs(pathlib.Path(source), pathlib.Path(target))
+    pairs = _pairs(as_path(source), as_path(target))
     model, variables = load_model(config, workdir)
     step = make_predict(model, config, ("cam",))
     predictions, faults = [], []
@@ -62,7 +62,7 @@ def predict(config, workdir, source, target) -> list[Prediction]:
     return predictions
 
 
-def _predict_scan(step, variables, config, scan: pathlib.Path, mask_path) -> Prediction:
+def _predict_scan(step, variables, config, scan: Path, mask_path) -> Prediction:
     volume = volumes.read_volume(scan)
     mask = predict_volume(step, variables, volume, None, config).masks["cam"]
     volumes.write_mask(mask_path, mask, volume)
@@ -73,7 +73,7 @@ def _predict_scan(step, variables, config, scan: pathlib.Path, mask_path) -> Pre
     return Prediction(mask_path, overlay, organ_ml)
 
 
-def _pairs(source: pathlib.Path, target: pathlib.Path) -> list[tuple[pathlib.Path, pathlib.Path]]:
+def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     if source.is_dir():
         if volumes.is_nifti(target):
             raise UserError(f"--output={target}: for a folder of scans give a folder.")
@@ -100,6 +100,6 @@ def _pairs(source: pathlib.Path, target: pathlib.Path) -> list[tuple[pathlib.Pat
     if repeated:
         raise UserError(f"--input={source}: several scans are called {repeated[:5]}; rename one.")
     for scan, mask in pairs:
-        if mask.resolve() == scan.resolve():
+        if resolved(mask) == resolved(scan):
             raise UserError(f"--output={mask}: that is the scan itself; give another place.")
     return pairs

@@ -1,8 +1,9 @@
 """Scans on disk → slice store: one canonical orientation, one square grid, int16 HU.
 
-Parallel over scans and resumable: a scan is written in a hidden folder and renamed when whole, the
-manifest comes last. So no half-written store is ever taken for whole, and a rerun goes on where the
-last one stopped, also after a full disk.
+Parallel over scans and resumable: a scan is written in a hidden folder and renamed when whole (in
+an object store its record is written last), and the manifest comes after all scans. So no
+half-written store is ever taken for whole, and a rerun goes on where the last one stopped, also
+after a full disk.
 """
 
 import concurrent.futures
@@ -20,9 +21,10 @@ from tqdm import tqdm
 
 from sammix_jax.config import differing_fields
 from sammix_jax.data import datasets, paper, phantom, volumes
-from sammix_jax.data.files import read_json, write_json
+from sammix_jax.data.files import read_json, whole_file, write_json
 from sammix_jax.data.geometry import slice_geometry
-from sammix_jax.data.slices import MANIFEST, VERSION, ScanRecord, SliceStore
+from sammix_jax.data.paths import Path, as_path, is_remote, resolved, version
+from sammix_jax.data.slices import MANIFEST, SCAN, VERSION, ScanRecord, SliceStore
 from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def prepare(config, workdir) -> SliceStore:
         disk.
     """
     data = config.data
-    root = pathlib.Path(data.root) if data.root else _phantom(data, pathlib.Path(workdir))
+    root = as_path(data.root) if data.root else _phantom(data, as_path(workdir))
     store = store_folder(config, workdir)
     scans = datasets.find_scans(root, data.organ, tuple(data.label_values))
     params = {
@@ -87,9 +89,9 @@ def prepare(config, workdir) -> SliceStore:
     return SliceStore.open(store)
 
 
-def store_folder(config, workdir) -> pathlib.Path:
+def store_folder(config, workdir) -> Path:
     """Where the slice store is: `data.store`, or WORKDIR/store."""
-    return pathlib.Path(config.data.store or pathlib.Path(workdir) / "store")
+    return as_path(config.data.store or as_path(workdir) / "store")
 
 
 def kept_slices(depth: int, central_fraction: float, slice_range: tuple[float, float]) -> range:
@@ -108,7 +110,7 @@ def kept_slices(depth: int, central_fraction: float, slice_range: tuple[float, f
     return range(max(0, math.floor(start)), min(depth, math.ceil(stop)))
 
 
-def _phantom(data, workdir: pathlib.Path) -> pathlib.Path:
+def _phantom(data, workdir: Path) -> Path:
     """The embedded phantom data set, made on first use."""
     made = data.phantom
     if not made.scans:
@@ -120,7 +122,7 @@ def _phantom(data, workdir: pathlib.Path) -> pathlib.Path:
     return root
 
 
-def _prepare_scans(scans, store: pathlib.Path, params: dict, workers: int) -> dict:
+def _prepare_scans(scans, store: Path, params: dict, workers: int) -> dict:
     """Records by scan name. Every scan is tried; what is wrong with any of them is told at once."""
     records, faults = {}, []
     # Threads: decompression, resizing and writing all release the GIL.
@@ -142,9 +144,9 @@ def _prepare_scans(scans, store: pathlib.Path, params: dict, workers: int) -> di
     return records
 
 
-def _finished(scan: datasets.Scan, store: pathlib.Path, params: dict) -> ScanRecord | None:
+def _finished(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord | None:
     """The record of a scan that is whole in the store and unchanged since."""
-    path = store / "scans" / scan.name / "scan.json"
+    path = store / "scans" / scan.name / SCAN
     if not path.exists():
         return None
     fields = read_json(path)
@@ -154,7 +156,7 @@ def _finished(scan: datasets.Scan, store: pathlib.Path, params: dict) -> ScanRec
     return dataclasses.replace(ScanRecord.from_json(fields), **_paths(scan))
 
 
-def _prepare_scan(scan: datasets.Scan, store: pathlib.Path, params: dict) -> ScanRecord:
+def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
     volume = volumes.read_volume(scan.image)
     depth = volume.hu.shape[0]
     mask, organ_pixels = None, ()
@@ -193,7 +195,18 @@ def _prepare_scan(scan: datasets.Scan, store: pathlib.Path, params: dict) -> Sca
     return record
 
 
-def _write_scan(folder: pathlib.Path, arrays: dict, record: ScanRecord) -> None:
+def _write_scan(folder: Path, arrays: dict, record: ScanRecord) -> None:
+    write = _write_objects if is_remote(folder) else _write_folder
+    try:
+        write(folder, arrays, record)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"{folder}: could not be written ({error}); make room or place the store elsewhere "
+            "with --config.data.store=DIR, then run again: finished scans are kept."
+        ) from error
+
+
+def _write_folder(folder: pathlib.Path, arrays: dict, record: ScanRecord) -> None:
     # Two processes may prepare one store: each has a folder of its own until the scan is whole.
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
@@ -201,19 +214,23 @@ def _write_scan(folder: pathlib.Path, arrays: dict, record: ScanRecord) -> None:
         partial.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(partial / name, array)
-        write_json(partial / "scan.json", record.to_json())
+        write_json(partial / SCAN, record.to_json())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except (OSError, UserError) as error:
-        raise UserError(
-            f"{folder}: could not be written ({error}); make room or place the store elsewhere "
-            "with --config.data.store=DIR, then run again: finished scans are kept."
-        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refuse_another_store(store: pathlib.Path, params: dict, scans: list[datasets.Scan]) -> None:
+def _write_objects(folder: Path, arrays: dict, record: ScanRecord) -> None:
+    """An object store renames no folders: the record goes first and comes last."""
+    (folder / SCAN).unlink(missing_ok=True)
+    for name, array in arrays.items():
+        with whole_file(folder / name) as partial:
+            np.save(partial, array)
+    write_json(folder / SCAN, record.to_json())
+
+
+def _refuse_another_store(store: Path, params: dict, scans: list[datasets.Scan]) -> None:
     """A whole store of other settings or other scans serves another run; it is not replaced."""
     if not (store / MANIFEST).exists():
         return
@@ -238,15 +255,14 @@ def _listed(names: list[str]) -> str:
 
 
 def _paths(scan: datasets.Scan) -> dict[str, str]:
-    label = str(scan.label.resolve()) if scan.label else ""
-    return {"image": str(scan.image.resolve()), "label": label}
+    label = str(resolved(scan.label)) if scan.label else ""
+    return {"image": str(resolved(scan.image)), "label": label}
 
 
 def _fingerprint(scan: datasets.Scan, params: dict) -> str:
     """Changes with the files, with how they are prepared, and with what a record holds."""
     try:
-        stats = [path.stat() for path in (scan.image, scan.label) if path]
+        files = [version(path) for path in (scan.image, scan.label) if path]
     except OSError as error:
         raise UserError(f"{scan.image}: cannot be read ({error}); a broken link?") from error
-    files = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
     return json.dumps([VERSION, files, scan.label_values, params])

@@ -4,13 +4,13 @@ import base64
 import html
 import io
 import json
-import pathlib
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
 from sammix_jax import figures
 from sammix_jax.data.files import read_json, whole_file
+from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.splits import LABELS, PARTS, SPLIT
 from sammix_jax.evaluate import Evaluation, Example
 from sammix_jax.page import PAGE
@@ -25,7 +25,7 @@ PROTOCOL_NOTES = {
 }
 
 
-def write_report(folder, evaluation: Evaluation, config, workdir) -> pathlib.Path:
+def write_report(folder, evaluation: Evaluation, config, workdir) -> Path:
     """Writes `report.html` with results, learning curves and cases, and `SCAN.png` for each case.
 
     Pictures that an earlier evaluation left in the folder are removed.
@@ -39,7 +39,7 @@ def write_report(folder, evaluation: Evaluation, config, workdir) -> pathlib.Pat
     Returns:
       The page's path.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     examples = {example.case.scan: example for example in evaluation.examples}
     for picture in folder.glob("*.png"):
         if picture.stem not in examples:
@@ -47,11 +47,11 @@ def write_report(folder, evaluation: Evaluation, config, workdir) -> pathlib.Pat
     for name, example in examples.items():
         figures.save(_case(example, config), folder / f"{name}.png")
     with whole_file(folder / "report.html") as partial:
-        partial.write_text(_page(evaluation, config, pathlib.Path(workdir)))
+        partial.write_text(_page(evaluation, config, as_path(workdir)))
     return folder / "report.html"
 
 
-def _page(evaluation: Evaluation, config, workdir: pathlib.Path) -> str:
+def _page(evaluation: Evaluation, config, workdir: Path) -> str:
     results = evaluation.results
     first = evaluation.cases[0].protocol
     return PAGE.format(
@@ -160,7 +160,7 @@ def _case_rows(cases: Sequence[Case]) -> Rows:
     return [tuple(title for title, _ in columns.values()), *rows]
 
 
-def _provenance(results: dict, workdir: pathlib.Path) -> Rows:
+def _provenance(results: dict, workdir: Path) -> Rows:
     split = read_json(workdir / SPLIT)
     return [
         ("what", "number", "which"),

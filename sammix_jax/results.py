@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from sammix_jax.config import FREE_FIELDS, differing_fields
 from sammix_jax.data.files import read_json, whole_file, write_json
+from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.data.splits import LABELS, SPLIT
 from sammix_jax.errors import UserError
 from sammix_jax.sam_mix import PROTOCOLS
@@ -25,13 +25,13 @@ RESULTS, CASES = "results.json", "cases.csv"
 SEED_FIELDS = ("seed", "data.seed", "data.labels_seed", "data.split_file", "data.labels_file")
 
 
-def results_folder(config, workdir) -> pathlib.Path:
+def results_folder(config, workdir) -> Path:
     """WORKDIR/evaluation/PART; for another folder of scans its name and a digest of its path."""
     name = config.evaluate.part
     if config.evaluate.root:
-        root = pathlib.Path(config.evaluate.root).resolve()
+        root = resolved(as_path(config.evaluate.root))
         name = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:6]}"
-    return pathlib.Path(workdir) / "evaluation" / name
+    return as_path(workdir) / "evaluation" / name
 
 
 def collect(
@@ -53,7 +53,7 @@ def collect(
       trained_on: names of the scans that trained the model.
       digests: of each scan by name, what `over_seeds` knows it by.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     protocols = [p for p in PROTOCOLS if any(case.protocol == p for case in cases)]
     classifier, prompt = summarise_guidance(guidance)
     return {
@@ -74,7 +74,7 @@ def collect(
 
 def write_results(folder, results: dict, cases: Sequence[Case]) -> None:
     """Writes results.json, and cases.csv with a row a scan and protocol."""
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     with whole_file(folder / CASES) as partial, open(partial, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in dataclasses.fields(Case))
@@ -89,7 +89,7 @@ def saved_results(config, workdir) -> dict | None:
     if not path.exists():
         return None
     results = read_json(path)
-    same_step = results["checkpoint_step"] == _checkpoint_step(pathlib.Path(workdir))
+    same_step = results["checkpoint_step"] == _checkpoint_step(as_path(workdir))
     sound = same_step and not results["faults"] and not _other_settings(results, config)
     return results if sound else None
 
@@ -110,7 +110,7 @@ def load_results(config, workdir) -> dict:
             f"{path}: made with {', '.join(differing)}; {again} with these settings, or give those "
             "it was made with."
         )
-    made, step = results["checkpoint_step"], _checkpoint_step(pathlib.Path(workdir))
+    made, step = results["checkpoint_step"], _checkpoint_step(as_path(workdir))
     if step not in (None, made):  # a workdir may have been copied without its checkpoints
         raise UserError(f"{path}: of the checkpoint of step {made} (now {step}); {again} again.")
     return results
@@ -170,7 +170,7 @@ def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
 
 def write_over_seeds(folder, means: dict) -> None:
     """Writes summary.json, and summary.csv with a row a protocol and metric."""
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     groups = [*means["summary"].items(), ("", means["classifier"]), ("", means["prompt"])]
     runs = len(means["runs"])
     with whole_file(folder / "summary.csv") as partial, open(partial, "w", newline="") as file:
@@ -252,11 +252,11 @@ def _over(values: list):
     return {"mean": float(numbers.mean()), "std": std, "count": len(numbers)}
 
 
-def _sha256(path: pathlib.Path) -> str:
+def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _checkpoint_step(workdir: pathlib.Path) -> int | None:
+def _checkpoint_step(workdir: Path) -> int | None:
     """The step that `Checkpoints.restore_best` takes: the best one, else the newest."""
     for kind in ("best", "latest"):
         folder = workdir / "checkpoints" / kind

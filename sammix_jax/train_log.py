@@ -2,16 +2,25 @@
 
 import csv
 import pathlib
+import tempfile
+import time
 
 from tensorboardX import SummaryWriter
 
-from sammix_jax.data.files import whole_file
+from sammix_jax.data.files import local_copy, whole_file
+from sammix_jax.data.paths import as_path, is_remote
 
+METRICS = "metrics.csv"
 COLUMNS = ("step", "metric", "value")
+# An object store takes files whole, and each of them about once a second.
+SECONDS_BETWEEN_UPLOADS = 10
 
 
 class TrainLog:
     """Appends to WORKDIR/metrics.csv and WORKDIR/tensorboard; a context manager.
+
+    For a workdir in an object store both are written on this machine, and copied there every few
+    seconds and at the end.
 
     Args:
       workdir: the run's folder.
@@ -20,14 +29,18 @@ class TrainLog:
     """
 
     def __init__(self, workdir, start: int):
-        path = pathlib.Path(workdir) / "metrics.csv"
+        self._workdir = as_path(workdir)
+        self._remote = is_remote(self._workdir)
+        self._uploaded = time.monotonic()
+        self._temporary = tempfile.TemporaryDirectory() if self._remote else None
+        self._folder = pathlib.Path(self._temporary.name) if self._remote else self._workdir
         rows = [row for row in read_log(workdir) if row[0] <= start]
+        path = self._folder / METRICS
         with whole_file(path) as partial, open(partial, "w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *rows])
         self._file = open(path, "a", newline="")  # noqa: SIM115 — closed in __exit__
         self._csv = csv.writer(self._file)
-        folder = pathlib.Path(workdir) / "tensorboard"
-        self._tensorboard = SummaryWriter(str(folder), purge_step=start)
+        self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start)
 
     def __enter__(self):
         return self
@@ -35,21 +48,35 @@ class TrainLog:
     def __exit__(self, *_):
         self._file.close()
         self._tensorboard.close()
+        if self._remote:
+            with self._temporary:
+                self._upload()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._csv.writerow((step, name, f"{value:.6g}"))
             self._tensorboard.add_scalar(name, value, step)
         self._file.flush()
+        if self._remote and time.monotonic() - self._uploaded > SECONDS_BETWEEN_UPLOADS:
+            self._tensorboard.flush()
+            self._upload()
+
+    def _upload(self) -> None:
+        for path in self._folder.rglob("*"):
+            if path.is_file():
+                target = self._workdir / path.relative_to(self._folder)
+                with whole_file(target) as partial:
+                    partial.write_bytes(path.read_bytes())
+        self._uploaded = time.monotonic()
 
 
 def read_log(workdir) -> list[tuple[int, str, float]]:
     """The rows of WORKDIR/metrics.csv: step, metric, value."""
-    path = pathlib.Path(workdir) / "metrics.csv"
+    path = as_path(workdir) / METRICS
     if not path.exists():
         return []
     rows = []
-    with open(path, newline="") as file:
+    with local_copy(path) as local, open(local, newline="") as file:
         for row in csv.DictReader(file):
             try:
                 rows.append((int(row["step"]), row["metric"], float(row["value"])))

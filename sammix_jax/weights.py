@@ -14,7 +14,6 @@ A file is one `.safetensors`. Its keys are flat parameter paths, such as
 The programs in `convert/` write such files.
 """
 
-import pathlib
 import re
 from collections.abc import Iterable, Mapping
 
@@ -23,7 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sammix_jax.data.files import whole_file
+from sammix_jax.data.files import local_copy, whole_file
+from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 
 FORMAT = {"format": "sammix_jax", "version": "1"}
@@ -42,9 +42,9 @@ def read_weights(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     Raises:
       UserError: no such file, a damaged one, or one that is not this project's.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     try:
-        with safe_open(path, framework="np") as file:
+        with local_copy(path) as local, safe_open(local, framework="np") as file:
             metadata = file.metadata() or {}
             if any(metadata.get(key) != value for key, value in FORMAT.items()):
                 raise UserError(
@@ -71,7 +71,7 @@ def write_weights(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str,
     Raises:
       UserError: another type or kind, or the disk refuses.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if metadata.get("kind") not in KINDS:
         raise UserError(f"{path}: kind {metadata.get('kind')!r}; expected one of {KINDS}.")
     odd = sorted({str(a.dtype) for a in arrays.values()} - set(DTYPES))

@@ -10,11 +10,11 @@ unlabelled scan; a mask without a scan is an error.
 """
 
 import dataclasses
-import pathlib
 import re
 
 from sammix_jax.data import hdf5
 from sammix_jax.data.files import read_json
+from sammix_jax.data.paths import Path, as_path, find_below
 from sammix_jax.data.volumes import is_nifti, stem
 from sammix_jax.errors import UserError
 
@@ -40,8 +40,8 @@ class Scan:
     """
 
     name: str
-    image: pathlib.Path
-    label: pathlib.Path | None
+    image: Path
+    label: Path | None
     label_values: tuple[int, ...] = (1,)
     known_values: tuple[int, ...] = ()
 
@@ -61,7 +61,7 @@ def find_scans(
       UserError: no such folder, no known layout, an unknown organ, a mask without its scan, two
         files for one scan, or label values for files that say which slices show the organ.
     """
-    root = pathlib.Path(root)
+    root = as_path(root)
     if not root.is_dir():
         raise UserError(f"{field}={root}: no such folder; give the folder that holds the scans.")
     for find in (_find_decathlon, _find_totalsegmentator, _find_lits, _find_hdf5):
@@ -94,9 +94,11 @@ def natural(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _find_lits(root: pathlib.Path, organ: str) -> list[Scan]:
-    images = _by_name(root.rglob("volume-*.nii*"), lambda s: s.removeprefix("volume-"))
-    labels = _by_name(root.rglob("segmentation-*.nii*"), lambda s: s.removeprefix("segmentation-"))
+def _find_lits(root: Path, organ: str) -> list[Scan]:
+    images = _by_name(find_below(root, "volume-*.nii*"), lambda s: s.removeprefix("volume-"))
+    labels = _by_name(
+        find_below(root, "segmentation-*.nii*"), lambda s: s.removeprefix("segmentation-")
+    )
     if not images and not labels:
         return []
     if organ not in LITS_ORGANS:
@@ -110,7 +112,7 @@ def _find_lits(root: pathlib.Path, organ: str) -> list[Scan]:
     ]
 
 
-def _find_decathlon(root: pathlib.Path, organ: str) -> list[Scan]:
+def _find_decathlon(root: Path, organ: str) -> list[Scan]:
     if not (root / "imagesTr").is_dir():
         return []
     images = _by_name((root / "imagesTr").iterdir(), _case_name)
@@ -135,7 +137,7 @@ def _case_name(name: str) -> str:
     return name.removesuffix("_0000")
 
 
-def _decathlon_values(root: pathlib.Path, organ: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _decathlon_values(root: Path, organ: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The organ's label values and all values, by dataset.json in either form."""
     path = root / "dataset.json"
     if not path.exists():
@@ -163,7 +165,7 @@ def _decathlon_values(root: pathlib.Path, organ: str) -> tuple[tuple[int, ...], 
     return wanted, tuple(sorted({0, *(n for numbers in values.values() for n in numbers)}))
 
 
-def _find_totalsegmentator(root: pathlib.Path, organ: str) -> list[Scan]:
+def _find_totalsegmentator(root: Path, organ: str) -> list[Scan]:
     images = sorted(root.glob("*/ct.nii.gz")) + sorted(root.glob("*/ct.nii"))
     for folder in sorted(root.glob("*/segmentations")):
         if not any(image.parent == folder.parent for image in images):
@@ -185,16 +187,16 @@ def _find_totalsegmentator(root: pathlib.Path, organ: str) -> list[Scan]:
     return scans
 
 
-def _find_hdf5(root: pathlib.Path, organ: str) -> list[Scan]:
+def _find_hdf5(root: Path, organ: str) -> list[Scan]:
     files = [p for p in root.iterdir() if hdf5.is_hdf5(p) and not p.name.startswith(".")]
     if files:
         hdf5.import_h5py(files[0])  # told once, not for every scan
     return [Scan(path.stem, path, path, (1, 2), (0, 1, 2)) for path in files]
 
 
-def _by_name(paths, key) -> dict[str, pathlib.Path]:
+def _by_name(paths, key) -> dict[str, Path]:
     """NIfTI files by the key of their names; the same key twice is an error."""
-    found: dict[str, pathlib.Path] = {}
+    found: dict[str, Path] = {}
     for path in sorted(paths):
         # Hidden files are what macOS archives and interrupted writes leave behind.
         if not is_nifti(path) or path.name.startswith("."):

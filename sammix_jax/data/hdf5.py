@@ -17,6 +17,8 @@ import re
 import numpy as np
 
 from sammix_jax.data import paper
+from sammix_jax.data.files import local_copy
+from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 
 SUFFIXES = (".h5", ".hdf5")
@@ -26,7 +28,7 @@ IMAGE, MASK, IMAGE_LABEL = "Slice", "Segmentation", "ImageLabel"
 
 def is_hdf5(path) -> bool:
     """Whether the file's name ends as an HDF5 file's does."""
-    return pathlib.Path(path).suffix in SUFFIXES
+    return pathlib.PurePath(path).suffix in SUFFIXES
 
 
 def group_name(index: int) -> str:
@@ -84,12 +86,12 @@ def read_image_labels(path) -> np.ndarray:
 @contextlib.contextmanager
 def _slices(path):
     """The groups of an open file, in the order of their numbers."""
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     h5py = import_h5py(path)
     try:
-        with h5py.File(path, "r") as file:
+        with local_copy(path) as local, h5py.File(local, "r") as file:
             numbered = {int(n[1]): key for key in file if (n := re.fullmatch(r"Slice(\d+)", key))}
             if not numbered:
                 raise UserError(

@@ -9,15 +9,15 @@ Layout, below the store's root:
 
 import dataclasses
 import functools
-import pathlib
 
 import numpy as np
 
-from sammix_jax.data.files import read_json
+from sammix_jax.data.files import LocalCopies, read_json
 from sammix_jax.data.geometry import SliceGeometry
+from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 
-MANIFEST = "manifest.json"
+MANIFEST, SCAN = "manifest.json", "scan.json"
 VERSION = 2
 
 
@@ -72,12 +72,13 @@ class SliceId:
 
 
 class SliceStore:
-    """Read access to a prepared store; arrays are memory-mapped."""
+    """Read access to a prepared store; arrays are memory-mapped, a remote store's from copies."""
 
     def __init__(self, root, params: dict, records: list[ScanRecord]):
-        self.root = pathlib.Path(root)
+        self.root = as_path(root)
         self.params = params
         self.records = {record.name: record for record in records}
+        self._copies = LocalCopies()
         # Each mapped array holds a file descriptor, of which a process commonly has 1024.
         self._array = functools.lru_cache(maxsize=256)(self._load)
 
@@ -88,7 +89,7 @@ class SliceStore:
         Raises:
           UserError: no manifest there, or one of another version.
         """
-        path = pathlib.Path(root) / MANIFEST
+        path = as_path(root) / MANIFEST
         if not path.exists():
             raise UserError(f"{path}: no such file; run --mode=prepare first.")
         manifest = read_json(path)
@@ -117,8 +118,9 @@ class SliceStore:
 
     def _load(self, scan: str, name: str) -> np.ndarray:
         path = self.root / "scans" / scan / name
+        local = self._copies(path)
         try:
-            return np.load(path, mmap_mode="r")
+            return np.load(local, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: cannot be read ({error}); delete {self.root} and prepare again."

@@ -3,12 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import pathlib
 
 import numpy as np
 
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.hdf5 import is_hdf5
+from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.errors import UserError
 
@@ -117,7 +117,7 @@ def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceI
     Raises:
       UserError: no masks, bad files, or a workdir that was begun on other scans.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     labelled = [r.name for r in store.records.values() if r.has_label]
     if not labelled:
         raise UserError(
@@ -143,7 +143,7 @@ def keep(split: Split, labels: list[SliceId], store: SliceStore, workdir) -> Non
     """Writes split.json and labels.json, in the form that `data.split_file` and `data.labels_file`
     take; scans.json, by which the workdir knows its labelled scans again; and images.json, by which
     it knows any of its scans without their masks."""
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     write_json(workdir / SPLIT, dataclasses.asdict(split))
     # The canonical slice index, which still holds for a store of other slices.
     slices = [{"scan": s.scan, "slice": store.records[s.scan].slices[s.position]} for s in labels]
@@ -158,13 +158,13 @@ def keep(split: Split, labels: list[SliceId], store: SliceStore, workdir) -> Non
 
 def kept_split(workdir) -> Split:
     """The split that a workdir was trained on."""
-    fields = read_json(pathlib.Path(workdir) / SPLIT)
+    fields = read_json(as_path(workdir) / SPLIT)
     return Split(**{part: tuple(fields[part]) for part in PARTS})
 
 
-def _first_file(kept: pathlib.Path, given: str) -> pathlib.Path | None:
+def _first_file(kept: Path, given: str) -> Path | None:
     """A workdir once begun keeps its own file."""
-    return kept if kept.exists() else pathlib.Path(given) if given else None
+    return kept if kept.exists() else as_path(given) if given else None
 
 
 def digest(shape, affine, organ_pixels) -> str:
@@ -200,7 +200,7 @@ def training_scans(config, workdir) -> TrainingScans:
     Raises:
       UserError: the workdir lacks one of its files.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     if not (workdir / IMAGES).exists():
         raise UserError(
             f"{workdir / IMAGES}: no such file, so nobody can tell which scans trained the model; "
@@ -229,7 +229,7 @@ def _image_digest(store: SliceStore, name: str) -> str:
     return image_digest(store.records[name].shape, store.hu(slices[len(slices) // 2]))
 
 
-def _refuse_other_scans(store: SliceStore, workdir: pathlib.Path) -> None:
+def _refuse_other_scans(store: SliceStore, workdir: Path) -> None:
     path = workdir / SCANS
     if not path.exists():
         return
@@ -242,7 +242,7 @@ def _refuse_other_scans(store: SliceStore, workdir: pathlib.Path) -> None:
         )
 
 
-def _read_split(path: pathlib.Path, labelled: set[str]) -> Split:
+def _read_split(path: Path, labelled: set[str]) -> Split:
     fields = read_json(path)
     if not isinstance(fields, dict) or set(fields) != set(PARTS):
         raise UserError(f"{path}: expected an object with the lists {', '.join(PARTS)}.")
@@ -256,7 +256,7 @@ def _read_split(path: pathlib.Path, labelled: set[str]) -> Split:
     return Split(**{part: tuple(fields[part]) for part in PARTS})
 
 
-def _read_labels(path: pathlib.Path, store: SliceStore, split: Split) -> list[SliceId]:
+def _read_labels(path: Path, store: SliceStore, split: Split) -> list[SliceId]:
     labels = []
     for entry in read_json(path):
         try:

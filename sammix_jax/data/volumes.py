@@ -17,7 +17,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from sammix_jax.data import hdf5
-from sammix_jax.data.files import whole_file
+from sammix_jax.data.files import local_copy, whole_file
+from sammix_jax.data.paths import Path, as_path
 from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Volume:
         none of them is to be left out again.
     """
 
-    path: pathlib.Path
+    path: Path
     hu: np.ndarray
     spacing: tuple[float, float, float]
     affine: np.ndarray
@@ -83,12 +84,12 @@ class Volume:
 
 def is_nifti(path) -> bool:
     """Whether the file's name ends as a NIfTI file's does."""
-    return pathlib.Path(path).name.endswith(SUFFIXES)
+    return pathlib.PurePath(path).name.endswith(SUFFIXES)
 
 
 def stem(path) -> str:
     """The file's name without `.nii` or `.nii.gz`."""
-    name = pathlib.Path(path).name
+    name = pathlib.PurePath(path).name
     return name.removesuffix(".gz").removesuffix(".nii")
 
 
@@ -99,7 +100,7 @@ def read_volume(path) -> Volume:
       UserError: not a whole 3D NIfTI file, non-finite or constant voxels, or an unusable affine;
         an HDF5 file that is not as the authors'.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if hdf5.is_hdf5(path):
         return Volume(
             path=path,
@@ -155,7 +156,7 @@ def read_mask(
     Raises:
       UserError: unreadable, labels that are no integers, or a grid or affine other than the scan's.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if hdf5.is_hdf5(path):  # scan and mask share the file, which knows its labels
         return hdf5.read_mask(path)
     image, voxels = _read(path)
@@ -210,7 +211,7 @@ def write_mask(path, mask: np.ndarray, scan: Volume) -> None:
     Raises:
       UserError: the name is not a NIfTI name, or the file cannot be written.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not is_nifti(path):
         raise UserError(f"{path}: a mask is written as .nii or .nii.gz; give such a name.")
     transform = nib.orientations.ornt_transform(
@@ -221,7 +222,8 @@ def write_mask(path, mask: np.ndarray, scan: Volume) -> None:
     if hdf5.is_hdf5(scan.path):
         image = nib.Nifti1Image(voxels, scan.affine)
     else:
-        source = nib.load(scan.path)
+        with local_copy(scan.path) as local:
+            source = nib.load(local)
         header = source.header.copy()
         header.set_data_dtype(np.uint8)
         header.set_slope_inter(1, 0)
@@ -232,7 +234,7 @@ def write_mask(path, mask: np.ndarray, scan: Volume) -> None:
         nib.save(image, partial)
 
 
-def _read(path: pathlib.Path):
+def _read(path: Path):
     """The nibabel image and its scaled voxels in file order."""
     if not path.exists():
         raise UserError(f"{path}: no such file.")
@@ -241,8 +243,9 @@ def _read(path: pathlib.Path):
             f"{path}: expected a NIfTI file (.nii or .nii.gz); convert DICOM with dcm2niix."
         )
     try:
-        image = nib.load(path)
-        voxels = np.asanyarray(image.dataobj)
+        with local_copy(path) as local:
+            image = nib.load(local)
+            voxels = np.asanyarray(image.dataobj)
     except _UNREADABLE as error:
         raise UserError(
             f"{path}: cannot be read as NIfTI ({error}); the file is truncated or damaged, copy or "

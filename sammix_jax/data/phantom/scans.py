@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +17,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from sammix_jax.data.files import whole_file
+from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.phantom.anatomy import ORGANS, paint_abdomen
 from sammix_jax.data.phantom.body import TOP, Build
 
@@ -157,7 +157,7 @@ def write_lits(
     Segmentations are uint8: 0 background, 1 liver, 2 tumour.  The last `unlabelled` volumes get
     none.  Files that are there already are kept.  Returns the paths of the volumes.
     """
-    root = Path(root)
+    root = as_path(root)
 
     def files(index: int) -> dict[Path, Callable[[Phantom], np.ndarray]]:
         volume = {root / f"volume-{index}.nii.gz": lambda p: p.image}
@@ -180,7 +180,7 @@ def write_totalsegmentator(
     The liver mask holds the tumours and leaves out the gallbladder.  Files that are there
     already are kept.  Returns the paths of the scans.
     """
-    root = Path(root)
+    root = as_path(root)
 
     def files(index: int) -> dict[Path, Callable[[Phantom], np.ndarray]]:
         case = root / f"s{index:04d}"

@@ -1,0 +1,101 @@
+"""Paths on this machine and in object stores, such as `gs://BUCKET/…`.
+
+A local path is pathlib's own, one in an object store is `etils.epath`'s. Their methods are the
+same; where these mean different things, a function stands here. Object stores know whole objects:
+nothing is appended, linked, renamed or mapped into memory, and a folder is what names share.
+"""
+
+import fnmatch
+import functools
+import glob
+import pathlib
+import re
+from collections.abc import Iterator
+
+import fsspec
+from etils import epath
+
+from sammix_jax.errors import UserError
+
+Path = pathlib.Path | epath.Path
+
+# The client of each scheme, and how to get it.
+CLIENTS = {"gs": "pip install -r requirements/cloud.txt", "s3": "pip install s3fs"}
+
+
+def as_path(path) -> Path:
+    """What a user wrote, or what this function gave, as a path.
+
+    Raises:
+      UserError: a scheme that nobody here reads, a slash too few, or a bucket out of reach.
+    """
+    # A scheme has two letters at least; a drive has one.
+    match = re.match(r"(\w\w+):/", str(path))
+    if not match:
+        return pathlib.Path(path)
+    remote = re.match(r"(\w+)://([^/]+)", str(path))
+    if not remote or remote[1] not in CLIENTS:
+        expected = " or ".join(f"{scheme}://BUCKET/…" for scheme in CLIENTS)
+        raise UserError(f"{path}: expected a local path, {expected}; mind the two slashes.")
+    _reach(*remote.groups())
+    return epath.Path(str(path))
+
+
+def is_remote(path: Path) -> bool:
+    """Whether the path lies in an object store: pathlib's paths have no double slash."""
+    return "://" in str(path)
+
+
+def resolved(path: Path) -> Path:
+    """Without links and from the root on. Object stores have neither links nor a current folder."""
+    return path if is_remote(path) else path.resolve()
+
+
+def version(path: Path) -> list:
+    """Size and modification time, as JSON has them: another version of a file has others.
+
+    Raises:
+      OSError: no such file.
+    """
+    if is_remote(path):
+        files, name = fsspec.core.url_to_fs(str(path))
+        return [files.size(name), str(files.modified(name))]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def find_below(folder: Path, pattern: str) -> Iterator[Path]:
+    """What lies at any depth below the folder under a name such as `volume-*.nii*`."""
+    if not is_remote(folder):
+        yield from folder.rglob(pattern)
+        return
+    for path in folder.iterdir():
+        if fnmatch.fnmatchcase(path.name, pattern):
+            yield path
+        elif path.is_dir():
+            yield from find_below(path, pattern)
+
+
+def find_matching(pattern: str) -> list[Path]:
+    """The paths that a pattern with wildcards stands for."""
+    path = as_path(pattern)
+    if is_remote(path):
+        return list(path.parent.glob(path.name))
+    return [pathlib.Path(found) for found in glob.glob(pattern)]
+
+
+@functools.cache
+def _reach(scheme: str, bucket: str) -> None:
+    """Asks once for each bucket, so that no login and no client is told before any work."""
+    try:
+        files, name = fsspec.core.url_to_fs(f"{scheme}://{bucket}")
+        files.exists(name)
+    except ImportError as error:
+        raise UserError(
+            f"{scheme}://{bucket}: needs a client ({error}): {CLIENTS[scheme]}."
+        ) from error
+    except Exception as error:  # every client has errors of its own
+        raise UserError(
+            f"{scheme}://{bucket}: cannot be reached ({type(error).__name__}: {error}); check the "
+            "bucket's name and your login, such as gcloud auth application-default login."
+        ) from error
