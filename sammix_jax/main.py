@@ -15,7 +15,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from sammix_jax import evaluate, hosts, predict, prepare, report, results, train
+from sammix_jax import evaluate, hosts, plan, predict, prepare, report, results, sweep, train
 from sammix_jax.config import check_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data.datasets import natural
@@ -30,6 +30,7 @@ MODES = {
     "prepare": "bring the scans into the slice store",
     "evaluate": "score the trained workdir",
     "predict": "segment --input into --output",
+    "plan": "compile the steps of --config and tell what memory they take; needs no data",
     "summarise": "mean results of several evaluated workdirs that differ by their seeds",
 }
 
@@ -62,8 +63,7 @@ _CONFIG = _define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the run; summarise: several, by a pattern or with commas between.",
-    required=True,
+    "Folder of the run; summarise: several, by a pattern or with commas between; plan needs none.",
 )
 _MODE = flags.DEFINE_enum(
     "mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items())
@@ -72,6 +72,14 @@ _MULTIHOST = flags.DEFINE_bool(
     "multihost",
     None,
     "Whether this is one of several processes of a run; left out, the environment tells.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "plan: cpu, gpu, tpu, or a slice such as v5e:2x4; left out, the devices at hand.",
+)
+_SWEEP = flags.DEFINE_bool(
+    "sweep", False, "plan: find the largest batch that fits, by compute type, remat and attention."
 )
 _INPUT = flags.DEFINE_string("input", None, "predict: a NIfTI scan, or a folder of them.")
 _OUTPUT = flags.DEFINE_string(
@@ -86,10 +94,14 @@ def main(argv) -> int:
     try:
         hosts.join(_MULTIHOST.value)
         _log_to_terminal()
-        if _MODE.value == "summarise":
+        if _MODE.value == "plan":
+            _plan()
+        elif not _WORKDIR.value:
+            raise UserError(f"--mode={_MODE.value} needs --workdir.")
+        elif _MODE.value == "summarise":
             _summarise(_workdirs(_WORKDIR.value))
         else:
-            _run(_MODE.value, pathlib.Path(_WORKDIR.value))
+            _run(_MODE.value, as_path(_WORKDIR.value))
     except hosts.Terminated as stopped:
         print(f"{stopped}; run the same command to go on.", file=sys.stderr)
         return hosts.TERMINATED
@@ -119,10 +131,22 @@ def _run(mode: str, workdir: pathlib.Path) -> None:
             print(f"{made.mask}: {config.data.organ} {volume}, see {made.overlay}")
 
 
-def _config(mode: str, workdir: Path):
+def _plan() -> None:
+    config = _config("plan", None)
+    check_config(config)
+    target = plan.find_target(_TOPOLOGY.value or jax.default_backend())
+    if not _SWEEP.value:
+        print(plan.plan_table(plan.plan(config, target), target))
+        return
+    print(plan.target_line(target))
+    for options, found in sweep.sweep(config, target):
+        print(sweep.sweep_line(options, found), flush=True)
+
+
+def _config(mode: str, workdir: Path | None):
     """The config of the command line; what it leaves out, a trained workdir's own tells."""
     flag = flags.FLAGS["config"]
-    if mode in ("train", "prepare"):
+    if mode in ("train", "prepare", "plan"):
         if not flag.present:
             raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
         config = _named_config()

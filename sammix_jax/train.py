@@ -79,7 +79,7 @@ def train(config, workdir, store: SliceStore) -> bool:
         keep(split, labelled, store, workdir)
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
-        start = int(state.step)
+        start, platform = int(state.step), mesh.devices.flat[0].platform
         _LOG.info(
             "training from step %d to %d: %d labelled slices, %d without a mask, "
             "%s trained of %s parameters, on %d %s device(s)",
@@ -90,14 +90,14 @@ def train(config, workdir, store: SliceStore) -> bool:
             f"{_count(like.trainable):,}",
             f"{_count(like.trainable) + _count(like.frozen):,}",
             mesh.size,
-            jax.devices()[0].platform,
+            platform,
         )
         if start >= steps:
             return False
 
         # ---- Step
         train_step = jax.jit(
-            make_train_step(model, optimiser, config, layout),
+            make_train_step(model, optimiser, config, layout, unroll=platform == "cpu"),
             out_shardings=(sharding, replicated(mesh)),
             donate_argnums=0,
         )

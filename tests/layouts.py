@@ -27,9 +27,8 @@ from sammix_jax.train_step import make_init, make_train_step
 STEPS = 10
 # (devices, fsdp, accumulate)
 LAYOUTS = [
-    (devices, fsdp, accumulate)
-    for devices, fsdp in ((1, 1), (2, 1), (2, 2), (8, 1), (8, 8), (8, 2))
-    for accumulate in (1, 2)
+    *((1, 1, 1), (2, 1, 1), (2, 2, 1), (8, 1, 1), (8, 8, 1), (8, 2, 1)),
+    *((1, 1, 2), (2, 1, 2), (8, 2, 2)),
 ]
 
 
@@ -70,7 +69,7 @@ def run(devices: int, fsdp: int, accumulate: int) -> dict[str, np.ndarray]:
     sharding = state_sharding(jax.eval_shape(init), mesh, shard_frozen=True)
     state = jax.jit(init, out_shardings=sharding)()
     step = jax.jit(
-        make_train_step(model, optimiser, config, layout),
+        make_train_step(model, optimiser, config, layout, unroll=True),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
     )

@@ -11,8 +11,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sammix_jax"
 LAYERS = [
     {"main"},
     {"report"},
-    {"predict", "evaluate", "train"},
-    {"validate", "monitor"},
+    {"predict", "evaluate", "train", "sweep"},
+    {"validate", "monitor", "plan"},
     {"results", "tables"},
     {"scores"},
     {"config_rules"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"sam_mix"},
     {"preprocess", "optim", "sharding", "config", "presets", "weights"},
     {"cam", "losses", "consistency", "metrics", "intervals", "models", "data", "hosts"},
-    {"errors"},
+    {"errors", "flops"},
 ]
 RANK = {name: rank for rank, layer in enumerate(reversed(LAYERS)) for name in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,232 @@
+"""Whether a run fits, told before it: the real steps, compiled ahead of time on shapes alone.
+
+For a TPU no TPU is needed: its compiler, `libtpu`, comes with requirements/tpu.txt.
+"""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sammix_jax.checkpoint import abstract
+from sammix_jax.errors import UserError
+from sammix_jax.flops import count_flops
+from sammix_jax.inference import make_predict
+from sammix_jax.optim import make_optimiser
+from sammix_jax.sam_mix import sam_mix
+from sammix_jax.sharding import (
+    AXES,
+    along_batch,
+    batch_layout,
+    make_mesh,
+    replicated,
+    state_sharding,
+)
+from sammix_jax.train_step import make_init, make_train_step
+
+GIB = 2**30
+# Memory of a chip, in GiB (Cloud TPU documentation, system architecture).
+CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to compile for: the devices, real or described, and the memory of each in bytes."""
+
+    name: str
+    devices: list
+    memory: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What one compiled step takes.
+
+    Attributes:
+      name: 'train' or 'predict'.
+      slices: of one step, over all devices.
+      parts: bytes on each device by part: parameters, optimiser, activations and others.
+      total: bytes on each device at the peak.
+      flops: operations of a step, over all devices.
+      collectives: kind → how many the compiled program holds.
+    """
+
+    name: str
+    slices: int
+    parts: dict[str, int]
+    total: int
+    flops: int
+    collectives: dict[str, int]
+
+
+def find_target(topology: str) -> Target:
+    """The devices of a topology.
+
+    Args:
+      topology: such as 'v5e:2x4', 'v4:2x2x1', 'v6e:2x4', 'v5p:2x2x1'; 'cpu', 'gpu' or 'tpu' for
+        the devices at hand.
+
+    Raises:
+      UserError: no such topology, no compiler for it, or no such devices at hand.
+    """
+    if topology in ("cpu", "gpu", "tpu"):
+        try:
+            devices = jax.devices(topology)
+        except RuntimeError as error:
+            raise UserError(
+                f"--topology={topology}: no such device at hand ({error}); plan on a machine that "
+                f"has one, or for a TPU by its name, as in --topology=v5e:2x4."
+            ) from error
+        return Target(topology, devices, _memory_at_hand(devices[0]))
+    chip = topology.partition(":")[0]
+    if chip not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology):
+        raise UserError(
+            f"--topology={topology}: expected cpu, gpu, tpu, or a chip ({', '.join(CHIPS)}) with "
+            "its grid, as in v5e:2x4."
+        )
+    # Off a TPU the library would ask a metadata server which TPU it is on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # the library's own errors have no common class
+        raise UserError(
+            f"--topology={topology}: cannot be compiled for ({str(error).splitlines()[0]}); "
+            "install requirements/tpu.txt in its own environment, and name a grid that exists."
+        ) from error
+    return Target(topology, list(described.devices), CHIPS[chip] * GIB)
+
+
+def _memory_at_hand(device) -> int:
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def plan(config, target: Target) -> list[StepPlan]:
+    """Compiles the train and the predict step of a config, as a run would.
+
+    Raises:
+      UserError: a config that does not go with the devices.
+    """
+    return [plan_train(config, target), plan_predict(config, target)]
+
+
+def plan_train(config, target: Target) -> StepPlan:
+    """Compiles the train step; see `plan`."""
+    mesh = make_mesh(config.mesh.fsdp, target.devices)
+    layout = batch_layout(config.train, mesh)
+    model, state, placed = _state(config, mesh)
+    side = config.data.size
+    rows = NamedSharding(mesh, PartitionSpec(AXES) if layout.shards > 1 else PartitionSpec())
+    batch = {
+        "hu": jax.ShapeDtypeStruct((layout.size, side, side), np.int16, sharding=rows),
+        "mask": jax.ShapeDtypeStruct((layout.labelled, side, side), np.uint8, sharding=rows),
+        "image_label": jax.ShapeDtypeStruct((layout.size,), np.int32, sharding=rows),
+    }
+    on_cpu = target.devices[0].platform == "cpu"
+    step = make_train_step(model, _optimiser(config), config, layout, unroll=on_cpu)
+    step = jax.jit(step, out_shardings=(placed, replicated(mesh)), donate_argnums=0)
+    return _step_plan("train", layout.size, step, (state, batch), _parts(state))
+
+
+def plan_predict(config, target: Target) -> StepPlan:
+    """Compiles the predict step; see `plan`."""
+    mesh = make_mesh(config.mesh.fsdp, target.devices)
+    model, state, _ = _state(config, mesh)
+    count, side = config.evaluate.batch, config.data.size
+    hu = jax.ShapeDtypeStruct((count, side, side), np.int16, sharding=along_batch(mesh, count))
+    predict = make_predict(model, config, ("cam",), gate=True)
+    parts = _parts(state)
+    parts = {name: parts[name] for name in ("trained parameters", "frozen parameters")}
+    return _step_plan("predict", count, predict, (state.variables, hu, None), parts)
+
+
+def _optimiser(config):
+    return make_optimiser(config.train, config.train.steps or 1)
+
+
+def _state(config, mesh: Mesh):
+    """The model, the shapes of its training state where they lie, and where that is."""
+    model = sam_mix(config)
+    shapes = jax.eval_shape(make_init(model, _optimiser(config), config))
+    placed = state_sharding(shapes, mesh, config.mesh.shard_frozen)
+    return model, abstract(shapes, placed), placed
+
+
+def _parts(state) -> dict[str, int]:
+    return {
+        "trained parameters": _bytes(state.trainable),
+        "frozen parameters": _bytes(state.frozen) + _bytes(state.batch_stats),
+        "optimiser": _bytes(state.opt_state),
+        "teacher": _bytes(state.teacher),
+    }
+
+
+def _bytes(tree) -> int:
+    """On each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _step_plan(name: str, slices: int, step, args: tuple, parts: dict) -> StepPlan:
+    compiled = step.lower(*args).compile()
+    memory = compiled.memory_analysis()
+    code = memory.generated_code_size_in_bytes
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes  # the new state takes the old one's place
+        + memory.temp_size_in_bytes
+        + code
+    )
+    return StepPlan(
+        name=name,
+        slices=slices,
+        parts=parts | {"activations": memory.temp_size_in_bytes, "program": code},
+        total=total,
+        flops=count_flops(step, *args),
+        collectives=count_collectives(compiled.as_text()),
+    )
+
+
+def count_collectives(program: str) -> dict[str, int]:
+    """How many of each kind a compiled program's text holds; a started one counts once."""
+    return {
+        kind: found
+        for kind in COLLECTIVES
+        if (found := len(re.findall(rf" {kind}(?:-start)?\(", program)))
+    }
+
+
+def target_line(target: Target) -> str:
+    count = len(target.devices)
+    return f"{target.name}: {count} device(s) with {target.memory / GIB:.1f} GiB each"
+
+
+def plan_table(plans: list[StepPlan], target: Target) -> str:
+    """The plans for people to read."""
+    lines = [target_line(target)]
+    for one in plans:
+        lines.append(f"\n{one.name} step of {one.slices} slices, on each device")
+        lines += [f"  {part:20} {size / GIB:8.3f} GiB" for part, size in one.parts.items() if size]
+        verdict = "fits" if one.total <= target.memory else "DOES NOT FIT"
+        lines.append(f"  {'total':20} {one.total / GIB:8.3f} GiB   {verdict}")
+        listed = ", ".join(f"{count} {kind}" for kind, count in one.collectives.items())
+        work = f"{one.flops / 1e12:.3f} TFLOP over all devices"
+        lines.append(f"  {work}; collectives: {listed or 'none'}")
+    return "\n".join(lines)
