@@ -77,7 +77,8 @@ def default_config() -> ml_collections.ConfigDict:
     model.classifier_weights = ""  # file of python -m convert.classifier; "" as above
     model.dtype = "float32"  # compute dtype of SAM and the classifier; parameters stay float32
     model.remat = "none"  # what the backward pass computes again instead of keeping it: "dots", all
-    #                       but matrix products; "blocks", all within a block of either network
+    #                       but products with weight matrices; "blocks", all within a block of
+    #                       either network
     model.query_chunk = 128  # queries that attend at a time in SAM's global blocks
 
     config.cam = cam = ml_collections.ConfigDict()

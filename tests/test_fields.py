@@ -106,6 +106,7 @@ TESTED = {
         "test_mask_choices": ("model.mask_choice", "model.mask_index"),
         "test_bfloat16_computes_and_float32_is_kept": ("model.dtype",),
         "test_remat_computes_more_and_changes_nothing": ("model.remat",),
+        "test_queries_attend_in_chunks": ("model.query_chunk",),
         "test_the_plain_cam_is_the_models_where_asked_for": ("cam.method",),
         "test_a_cam_is_taken_at_the_layer_named": ("cam.layer",),
         "test_threshold_and_component_reach_the_cam_mask": ("cam.threshold", "cam.component"),
@@ -115,6 +116,13 @@ TESTED = {
     },
     "test_scores.py": {
         "test_a_case_is_the_metrics_on_the_scans_own_grid": ("evaluate.nsd_tolerance",),
+    },
+    "test_sharding.py": {
+        "test_ten_steps_are_the_same_in_every_layout": (
+            "mesh.fsdp",
+            "mesh.shard_frozen",
+            "train.accumulate",
+        ),
     },
     "test_train.py": {
         "test_augment_and_seed_decide_what_the_model_sees": ("seed", "train.augment"),

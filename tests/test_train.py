@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
+from toy import Toy, toy_state
 
 from sammix_jax import losses
 from sammix_jax import train as train_module
@@ -311,19 +312,6 @@ def test_prediction_is_prompted_by_the_cam_whatever_trained(config):
     assert found.logits["cam"].shape == found.cam.shape == (3, 64, 64)
 
 
-class Toy:
-    """Two weights in place of two networks: one times the slice is the mask, one the class."""
-
-    def apply(self, variables, images, *, segmented, mutable=None, **_):
-        weights = variables["params"]
-        scores = weights["classifier"]["kernel"] * images.mean((1, 2))
-        logits = weights["sam"]["kernel"] * images[:segmented]
-        masks = Masks(logits, logits[:, None], jnp.zeros((segmented, 1)))
-        prompt = CamPrompt(logits, logits > 0, None, jnp.zeros(segmented, bool))
-        output = SamMixOutput(jnp.stack([-scores, scores], axis=1), prompt, masks)
-        return (output, {"batch_stats": {}}) if mutable else output
-
-
 @pytest.mark.parametrize("teacher", [0.0, 1.0])
 def test_the_classifier_warms_up_alone(config, teacher):
     """Neither masks nor a teacher move SAM before `classifier_warmup_steps`: not by a bit."""
@@ -333,19 +321,17 @@ def test_the_classifier_warms_up_alone(config, teacher):
     config.consistency.weight, config.consistency.ramp_steps = teacher, 0
     config.consistency.confidence = 0.5
     optimiser = make_optimiser(config.train, 10)
-    weights = {"sam/kernel": jnp.array(0.3), "classifier/kernel": jnp.array(-0.2)}
-    taught = dict(weights) if teacher else {}
-    state = TrainState(jnp.array(0), weights, {}, {}, optimiser.init(weights), taught)
+    state = toy_state(optimiser, teacher=bool(teacher))
     step = jax.jit(make_train_step(Toy(), optimiser, config, NOISE))
 
     def moved(before, after):
-        return {path for path in weights if before.trainable[path] != after.trainable[path]}
+        return {path for path in state.trainable if before.trainable[path] != after.trainable[path]}
 
     first, metrics = step(state, noise_batch())
     second, _ = step(first, noise_batch())
     third, _ = step(second, noise_batch())
     assert moved(state, first) == moved(first, second) == {"classifier/kernel"}
-    assert moved(second, third) == set(weights)
+    assert moved(second, third) == set(state.trainable)
     assert float(metrics["loss"]) == float(metrics["classification_loss"])
 
 

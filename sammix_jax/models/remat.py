@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 # none    every activation is kept
-# dots    matrix products are kept, all between them is computed again
+# dots    products with weight matrices are kept; attention, convolutions and all else are not
 # blocks  only what goes into each block is kept
 POLICIES = ("none", "dots", "blocks")
 
