@@ -9,7 +9,21 @@ from sammix_jax.train_step import TrainState
 
 
 class Toy:
-    """Two weights in place of two networks: one times the slice is the mask, one the class."""
+    """Two weights in place of two networks: one times the slice is the mask, one the class.
+
+    Args:
+      ballast: elements of a parameter that does nothing but make checkpoints large.
+    """
+
+    def __init__(self, ballast: int = 1):
+        self._ballast = ballast
+
+    def init(self, key, images, *, segmented):
+        sam = {"kernel": jnp.array(0.3), "ballast": jnp.arange(self._ballast, dtype=jnp.float32)}
+        return {
+            "params": {"sam": sam, "classifier": {"kernel": jnp.array(-0.2)}},
+            "batch_stats": {},
+        }
 
     def apply(self, variables, images, *, segmented, shards=1, mutable=None, **_):
         weights = variables["params"]
