@@ -1,5 +1,6 @@
 # make demo   train, evaluate and predict on phantom CT (minutes, CPU)
 # make test   lint and tests
+# make test-tpu   the real steps compiled for a TPU, without one (installs its compiler)
 # make parity the same weights in PyTorch and here (installs torch)
 # make bench  encoder and training step beside PyTorch's, then the input pipeline (installs torch)
 # make bench-labels  how few labels suffice on the phantom (hours, CPU; goes on where it stopped)
@@ -12,13 +13,16 @@ BIN    := $(VENV)/bin
 # One arena: without it glibc keeps freed memory per thread, and both speed and memory suffer.
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: demo test test-slow parity bench bench-labels lint clean
+.PHONY: demo test test-slow test-tpu parity bench bench-labels lint clean
 
 demo: $(VENV)/core
 	$(BIN)/python -m sammix_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/dev lint
 	$(BIN)/python -m pytest -m "not slow"
+
+test-tpu: $(VENV)-tpu/tpu
+	$(VENV)-tpu/bin/python -m pytest tests/test_plan.py -k tpu
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
@@ -39,7 +43,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs .jax_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-tpu runs .jax_cache .pytest_cache .ruff_cache
 
 # A stamp newer than the requirements says that they are installed.
 $(VENV)/core: requirements.txt | $(VENV)/bin/python
@@ -54,7 +58,12 @@ $(VENV)/convert: requirements.txt requirements/dev.txt requirements/convert.txt 
 	$(BIN)/python -m pip install --quiet -r requirements/convert.txt
 	touch $@
 
-$(VENV)/bin/python:
+# An environment of its own: beside libtpu, JAX would look for a TPU in every program.
+$(VENV)-tpu/tpu: requirements.txt requirements/dev.txt requirements/tpu.txt requirements/cloud.txt | $(VENV)-tpu/bin/python
+	$(VENV)-tpu/bin/python -m pip install --quiet -r requirements/dev.txt -r requirements/tpu.txt
+	touch $@
+
+%/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older: make demo PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*

@@ -41,26 +41,22 @@ def jax_step(side: int, threads: int):
     from configs import lits
     from sammix_jax.optim import make_optimiser
     from sammix_jax.sam_mix import sam_mix
-    from sammix_jax.sharding import make_mesh, place_batch, replicated
-    from sammix_jax.train_step import make_init, make_train_step
+    from sammix_jax.sharding import batch_layout, make_mesh, replicated
+    from sammix_jax.train_step import jit_train_step, make_init
 
     config = lits.get_config("standard")
     config.model.image_size = side
     config.train.batch_labelled, config.train.batch_unlabelled = LABELLED, UNLABELLED
     mesh = make_mesh()
-    sharding = replicated(mesh)
+    layout, sharding = batch_layout(config.train, mesh), replicated(mesh)
     model, optimiser = sam_mix(config), make_optimiser(config.train, steps=1)
     state = jax.jit(make_init(model, optimiser, config), out_shardings=sharding)()
     jax.block_until_ready(state)
-    train_step = jax.jit(
-        make_train_step(model, optimiser, config),
-        out_shardings=(sharding, sharding),
-        donate_argnums=0,
-    )
+    train_step = jit_train_step(model, optimiser, config, layout, mesh, sharding)
 
     def step(batch):
         nonlocal state
-        state, metrics = train_step(state, place_batch(batch, mesh))
+        state, metrics = train_step(state, jax.device_put(batch, sharding))
         jax.block_until_ready(state)
         return float(metrics["loss"])
 

@@ -24,14 +24,14 @@ from sammix_jax.sharding import (
     along_batch,
     batch_layout,
     make_mesh,
-    replicated,
     state_sharding,
 )
-from sammix_jax.train_step import make_init, make_train_step
+from sammix_jax.train_step import jit_train_step, make_init
 
 GIB = 2**30
-# Memory of a chip, in GiB (Cloud TPU documentation, system architecture).
-CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+# GiB that a program may take on each device, as the compiler tells of one that takes more. A chip
+# of v4 is two devices here.
+CHIPS = {"v4": 15.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -58,7 +58,7 @@ class StepPlan:
       name: 'train' or 'predict'.
       slices: of one step, over all devices.
       parts: bytes on each device by part: parameters, optimiser, activations and others.
-      total: bytes on each device at the peak.
+      total: bytes on each device at the peak; infinite where the compiler gave up without a number.
       flops: operations of a step, over all devices.
       collectives: kind → how many the compiled program holds.
     """
@@ -66,7 +66,7 @@ class StepPlan:
     name: str
     slices: int
     parts: dict[str, int]
-    total: int
+    total: float
     flops: int
     collectives: dict[str, int]
 
@@ -98,6 +98,8 @@ def find_target(topology: str) -> Target:
         )
     # Off a TPU the library would ask a metadata server which TPU it is on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # No TPU is used, so nobody else need be kept from it.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # the library's own errors have no common class
@@ -105,7 +107,7 @@ def find_target(topology: str) -> Target:
             f"--topology={topology}: cannot be compiled for ({str(error).splitlines()[0]}); "
             "install requirements/tpu.txt in its own environment, and name a grid that exists."
         ) from error
-    return Target(topology, list(described.devices), CHIPS[chip] * GIB)
+    return Target(topology, list(described.devices), int(CHIPS[chip] * GIB))
 
 
 def _memory_at_hand(device) -> int:
@@ -136,9 +138,7 @@ def plan_train(config, target: Target) -> StepPlan:
         "mask": jax.ShapeDtypeStruct((layout.labelled, side, side), np.uint8, sharding=rows),
         "image_label": jax.ShapeDtypeStruct((layout.size,), np.int32, sharding=rows),
     }
-    on_cpu = target.devices[0].platform == "cpu"
-    step = make_train_step(model, _optimiser(config), config, layout, unroll=on_cpu)
-    step = jax.jit(step, out_shardings=(placed, replicated(mesh)), donate_argnums=0)
+    step = jit_train_step(model, _optimiser(config), config, layout, mesh, placed)
     return _step_plan("train", layout.size, step, (state, batch), _parts(state))
 
 
@@ -184,24 +184,35 @@ def _bytes(tree) -> int:
 
 
 def _step_plan(name: str, slices: int, step, args: tuple, parts: dict) -> StepPlan:
-    compiled = step.lower(*args).compile()
+    flops = count_flops(step, *args)
+    try:
+        compiled = step.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        # A TPU's compiler knows the chip's memory, and gives up beyond it.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = exhausted_bytes(str(error))
+        return StepPlan(name, slices, parts, sum(parts.values()) + needed, flops, {})
     memory = compiled.memory_analysis()
-    code = memory.generated_code_size_in_bytes
     total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes  # the new state takes the old one's place
         + memory.temp_size_in_bytes
-        + code
+        + memory.generated_code_size_in_bytes
     )
-    return StepPlan(
-        name=name,
-        slices=slices,
-        parts=parts | {"activations": memory.temp_size_in_bytes, "program": code},
-        total=total,
-        flops=count_flops(step, *args),
-        collectives=count_collectives(compiled.as_text()),
-    )
+    working = {
+        "activations": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    collectives = count_collectives(compiled.as_text())
+    return StepPlan(name, slices, parts | working, total, flops, collectives)
+
+
+def exhausted_bytes(message: str) -> float:
+    """What a compiler that ran out of memory says that it would have needed; infinite without."""
+    found = re.search(r"\((\d+(?:\.\d+)?)([KMG])\) exceeds", message)
+    return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]] if found else math.inf
 
 
 def count_collectives(program: str) -> dict[str, int]:

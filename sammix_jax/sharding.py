@@ -73,6 +73,16 @@ def state_sharding(state, mesh: Mesh, shard_frozen: bool):
     return placed if shard_frozen else placed.replace(frozen=whole)
 
 
+def gather(mesh: Mesh):
+    """Returns a function that makes the leaves of a tree whole, within a jitted step.
+
+    Otherwise the compiler may carry the division of a weight over to the activations it meets.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return lambda tree: tree
+    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchLayout:
     """How L labelled and U other slices lie on the shards of a step.

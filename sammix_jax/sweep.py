@@ -35,7 +35,7 @@ def sweep(config, target: Target):
 
 
 def _largest(config, target: Target) -> tuple[dict, StepPlan | None]:
-    """Memory grows in proportion to the batch, so two batches foretell the largest; it is tried."""
+    """The largest that fits, beside one more that was tried and does not."""
     labelled, unlabelled = config.train.batch_labelled, config.train.batch_unlabelled
     common = math.gcd(labelled, unlabelled)
     unit = len(target.devices) * config.train.accumulate
@@ -50,22 +50,28 @@ def _largest(config, target: Target) -> tuple[dict, StepPlan | None]:
         config.update_from_flattened_dict(quotas(times))
         return plan_train(config, target)
 
-    one = planned(1)
-    if one.total > target.memory:
+    low, high = {1: planned(1)}, {}
+    if low[1].total > target.memory:
         return quotas(1), None
-    two = planned(2)
-    if two.total > target.memory:
-        return quotas(1), one
-    best, found = 2, two
-    times = 2 + int((target.memory - two.total) / max(two.total - one.total, 1))
-    while times > best:
-        larger = planned(times)
-        if larger.total <= target.memory:
-            return quotas(times), larger
-        # The excess tells how far back to go.
-        slope = (larger.total - found.total) / (times - best)
-        times -= max(1, math.ceil((larger.total - target.memory) / slope))
-    return quotas(best), found
+    times = 2
+    while min(high, default=math.inf) > max(low) + 1:
+        found = planned(times)
+        (low if found.total <= target.memory else high)[times] = found
+        times = _between(low, high, target.memory)
+    best = max(low)
+    return quotas(best), low[best]
+
+
+def _between(low: dict[int, StepPlan], high: dict[int, StepPlan], memory: int) -> int:
+    """The batch that memory foretells to be the largest, not tried yet: by the line through the
+    two nearest that were, or halfway where the compiler gave no number."""
+    if high and math.isinf(high[min(high)].total):
+        return max(low) + max(1, (min(high) - max(low)) // 2)
+    tried = sorted((low | high).items(), key=lambda one: abs(one[1].total - memory))
+    (a, at_a), (b, at_b) = tried[:2]
+    slope = max((at_a.total - at_b.total) / (a - b), 1)
+    foretold = a + math.floor((memory - at_a.total) / slope)
+    return max(max(low) + 1, min(foretold, min(high, default=math.inf) - 1))
 
 
 def sweep_line(options: dict, found: StepPlan | None) -> str:

@@ -18,9 +18,14 @@ from sammix_jax.inference import make_predict
 from sammix_jax.monitor import Profile, Timer, memory, refuse_not_finite
 from sammix_jax.optim import make_optimiser
 from sammix_jax.sam_mix import sam_mix
-from sammix_jax.sharding import batch_layout, make_mesh, place_batch, replicated, state_sharding
+from sammix_jax.sharding import (
+    batch_layout,
+    make_mesh,
+    place_batch,
+    state_sharding,
+)
 from sammix_jax.train_log import TrainLog
-from sammix_jax.train_step import load_pretrained, make_init, make_train_step
+from sammix_jax.train_step import jit_train_step, load_pretrained, make_init
 from sammix_jax.validate import validate
 
 _LOG = logging.getLogger(__name__)
@@ -79,7 +84,7 @@ def train(config, workdir, store: SliceStore) -> bool:
         keep(split, labelled, store, workdir)
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
-        start, platform = int(state.step), mesh.devices.flat[0].platform
+        start = int(state.step)
         _LOG.info(
             "training from step %d to %d: %d labelled slices, %d without a mask, "
             "%s trained of %s parameters, on %d %s device(s)",
@@ -90,17 +95,13 @@ def train(config, workdir, store: SliceStore) -> bool:
             f"{_count(like.trainable):,}",
             f"{_count(like.trainable) + _count(like.frozen):,}",
             mesh.size,
-            platform,
+            mesh.devices.flat[0].platform,
         )
         if start >= steps:
             return False
 
         # ---- Step
-        train_step = jax.jit(
-            make_train_step(model, optimiser, config, layout, unroll=platform == "cpu"),
-            out_shardings=(sharding, replicated(mesh)),
-            donate_argnums=0,
-        )
+        train_step = jit_train_step(model, optimiser, config, layout, mesh, sharding)
         # Gated whatever is reported, so that all scores of a run compare.
         predict = make_predict(model, config, ("cam",), gate=True)
 

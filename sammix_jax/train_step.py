@@ -1,10 +1,13 @@
 """The training state and one step of it."""
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from sammix_jax import losses
 from sammix_jax.cam import central_box, mask_to_box
@@ -12,7 +15,7 @@ from sammix_jax.consistency import follow, pseudo_masks, ramp
 from sammix_jax.optim import merge_params, split_params
 from sammix_jax.preprocess import distort, move, move_masks, random_moves, scale_slices
 from sammix_jax.sam_mix import SamMix, SamMixOutput
-from sammix_jax.sharding import BatchLayout
+from sammix_jax.sharding import BatchLayout, gather, replicated
 from sammix_jax.weights import fill, load_weights
 
 CLASSIFICATION_LOSSES = {"cross_entropy": losses.cross_entropy, "focal": losses.focal_loss}
@@ -101,6 +104,7 @@ def make_train_step(
     config,
     layout: BatchLayout | None = None,
     unroll: bool = False,
+    gather: Callable = lambda tree: tree,
 ):
     """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
 
@@ -114,6 +118,7 @@ def make_train_step(
       layout: of the batches; None is one shard of the config's sizes in one part.
       unroll: write microbatches out one after another. As a loop they take less memory and
         compilation, but on a CPU XLA runs convolutions in a loop ten times slower than outside.
+      gather: makes parameters whole where they are used, see `sharding.gather`.
     """
     if layout is None:
         layout = BatchLayout(config.train.batch_labelled, config.train.batch_unlabelled)
@@ -125,7 +130,7 @@ def make_train_step(
         weak, strong, masks = _views(part, config, micro)
         if taught:
             teacher = model.apply(
-                state.replace(trainable=state.teacher).variables,
+                gather(state.replace(trainable=state.teacher).variables),
                 micro.rest(weak),
                 segmented=micro.unlabelled,
                 shards=micro.shards,
@@ -136,7 +141,7 @@ def make_train_step(
                 config.consistency.confidence,
             )
         output, updates = model.apply(
-            state.replace(trainable=trainable, batch_stats=batch_stats).variables,
+            gather(state.replace(trainable=trainable, batch_stats=batch_stats).variables),
             strong,
             segmented=micro.size if taught else micro.labelled,
             train=True,
@@ -203,6 +208,25 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def jit_train_step(model: SamMix, optimiser, config, layout: BatchLayout, mesh: Mesh, sharding):
+    """The step as a run takes it, and as `plan` compiles it.
+
+    Args:
+      model, optimiser, config, layout: as for `make_train_step`.
+      mesh: of the run.
+      sharding: where the state lies; it stays there, and the old one is given up for the new.
+    """
+    step = make_train_step(
+        model,
+        optimiser,
+        config,
+        layout,
+        unroll=mesh.devices.flat[0].platform == "cpu",
+        gather=gather(mesh),
+    )
+    return jax.jit(step, out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
 
 
 def _accumulate(backward, batch_stats, parts: dict, unroll: bool):

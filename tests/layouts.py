@@ -25,10 +25,9 @@ from sammix_jax.sharding import (
     batch_layout,
     make_mesh,
     place_batch,
-    replicated,
     state_sharding,
 )
-from sammix_jax.train_step import TrainState, make_init, make_train_step
+from sammix_jax.train_step import TrainState, jit_train_step, make_init
 
 STEPS = 10
 LEARNING_RATE = 0.002
@@ -90,11 +89,7 @@ def build(devices: int, fsdp: int, accumulate: int) -> Layout:
     sharding = state_sharding(jax.eval_shape(init), mesh, shard_frozen=True)
     divided = [leaf for leaf in jax.tree.leaves(sharding) if leaf.spec]
     assert bool(divided) == (fsdp > 1)
-    step = jax.jit(
-        make_train_step(model, optimiser, config, layout, unroll=True),
-        out_shardings=(sharding, replicated(mesh)),
-        donate_argnums=0,
-    )
+    step = jit_train_step(model, optimiser, config, layout, mesh, sharding)
     shapes = abstract(jax.eval_shape(init), sharding)
     return Layout(mesh, layout, shapes, jax.jit(init, out_shardings=sharding), step)
 

@@ -1,0 +1,171 @@
+"""What a run will take is told before it."""
+
+import functools
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import small_config
+from sam_cases import TINY
+
+from sammix_jax import plan, sweep
+from sammix_jax.errors import UserError
+from sammix_jax.flops import count_flops
+from sammix_jax.models.remat import POLICIES
+from sammix_jax.plan import GIB, StepPlan, Target, count_collectives, find_target
+from sammix_jax.sam_mix import sam_mix
+
+
+def test_products_and_convolutions_are_counted():
+    a, b = jnp.ones((3, 5)), jnp.ones((5, 7))
+    assert count_flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
+    batched = functools.partial(jnp.einsum, "bmd,bnd->bmn")
+    assert count_flops(batched, jnp.ones((2, 3, 5)), jnp.ones((2, 4, 5))) == 2 * 2 * 3 * 4 * 5
+    images, kernel = jnp.ones((2, 8, 6, 4)), jnp.ones((3, 3, 4, 5))
+
+    def convolve(x, k, groups=1):
+        return jax.lax.conv_general_dilated(
+            x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )  # fmt: skip
+
+    assert count_flops(convolve, images, kernel) == 2 * (2 * 4 * 3 * 5) * (3 * 3 * 4)
+    grouped = functools.partial(convolve, groups=2)
+    assert count_flops(grouped, images, kernel[:, :, :2, :4]) == 2 * (2 * 4 * 3 * 4) * (3 * 3 * 2)
+
+
+def test_loops_count_as_often_as_they_run():
+    a = jnp.ones((4, 4))
+    once = 2 * 4**3
+    assert count_flops(lambda a: jax.lax.map(lambda x: x @ a, jnp.ones((6, 4, 4))), a) == 6 * once
+    assert count_flops(jax.jit(lambda a: jax.lax.fori_loop(0, 5, lambda _, x: x @ a, a)), a) == (
+        5 * once
+    )
+    assert count_flops(lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ a @ a, lambda: a), a) == (
+        2 * once
+    )
+
+
+def test_a_recomputed_product_counts_again():
+    loss = lambda a, wrap: jnp.sum(jnp.sin(wrap(lambda a: jnp.sin(a @ a) @ a)(a)))  # noqa: E731
+    a = jnp.ones((4, 4))
+    wraps = (lambda f: f, jax.checkpoint)
+    plain, again = (count_flops(jax.grad(functools.partial(loss, wrap=w)), a) for w in wraps)
+    assert plain < again <= plain + 2 * 2 * 4**3
+
+
+def test_collectives_are_told_apart():
+    text = """
+      %a = f32[4] all-reduce(%x), replica_groups={}
+      %b = (f32[4], f32[4]) all-gather-start(%x)
+      %c = f32[4] all-gather-done(%b)
+      %all-reduce.7 = f32[] fusion(%a), calls=%all-reduce-scatter
+      %d = f32[2] reduce-scatter(%x)
+    """
+    assert count_collectives(text) == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 1}
+
+
+@pytest.mark.parametrize(
+    ("topology", "told"),
+    [
+        ("v9z:2x4", "expected cpu, gpu, tpu, or a chip"),
+        ("v5e", "as in v5e:2x4"),
+        ("gpu", "no such device at hand"),
+    ],
+)
+def test_refusals(topology, told):
+    with pytest.raises(UserError, match=told):
+        find_target(topology)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The small config on the smallest SAM."""
+    monkeypatch.setattr(plan, "sam_mix", lambda config: sam_mix(config).clone(sam_variant=TINY))
+    return small_config()
+
+
+def check(plans: list[StepPlan], target: Target, config) -> None:
+    train, predict = plans
+    assert (train.name, predict.name) == ("train", "predict")
+    assert train.slices == config.train.batch_labelled + config.train.batch_unlabelled
+    trained = train.parts["trained parameters"]
+    # Adam has two moments of every parameter, and counters.
+    assert 2 * trained <= train.parts["optimiser"] <= 2 * trained + 64
+    assert predict.parts["trained parameters"] == trained and "optimiser" not in predict.parts
+    assert train.total >= sum(train.parts.values()) > 3 * trained
+    assert train.flops > 2 * predict.flops * train.slices / predict.slices > 0
+    table = plan.plan_table(plans, target)
+    assert "activations" in table and "fits" in table and "TFLOP" in table
+
+
+def test_the_real_steps_are_planned_for_the_devices_at_hand(tiny):
+    target = find_target("cpu")
+    assert target.memory > GIB and target.devices == jax.devices("cpu")
+    plans = plan.plan(tiny, target)
+    check(plans, target, tiny)
+    assert not plans[0].collectives
+    small = Target("small", target.devices, plans[0].total - 1)
+    assert "DOES NOT FIT" in plan.plan_table(plans, small)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="no compiler for TPUs here; make test-tpu has one",
+)
+def test_the_mini_step_compiles_for_a_tpu_without_one(tiny):
+    tiny.train.batch_labelled = tiny.train.batch_unlabelled = 4
+    tiny.mesh.fsdp = 2
+    target = find_target("v5e:2x2")
+    assert len(target.devices) == 4 and target.memory == 15.75 * GIB
+    assert {device.platform for device in target.devices} == {"tpu"}
+    plans = plan.plan(tiny, target)
+    check(plans, target, tiny)
+    # Gradients and statistics are summed; parameters that lie in parts are gathered.
+    assert plans[0].collectives["all-reduce"] > 0 and plans[0].collectives["all-gather"] > 0
+    with pytest.raises(UserError, match=r"v5e:3x5: cannot be compiled for"):
+        find_target("v5e:3x5")
+
+
+def test_what_an_exhausted_compiler_says_is_taken():
+    told = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    assert plan.exhausted_bytes(told + "temporaries (26.25G) exceeds available HBM (15.75G).") == (
+        26.25 * GIB
+    )
+    assert plan.exhausted_bytes("RESOURCE_EXHAUSTED: no more") == math.inf
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+@pytest.mark.parametrize("memory", [1000, 1700, 2049, 9990, 50_000])
+def test_the_sweep_finds_the_largest_batch(config, monkeypatch, memory, gives_up):
+    """Where memory is 900 bytes and 90 a slice, a little more for large batches; also by a compiler
+    that does not say how much is too much."""
+    config.train.batch_labelled, config.train.batch_unlabelled = 2, 6  # 1 to 3
+    target = Target("fake", [None] * 2, memory)
+
+    def planned(config, _):
+        labelled, unlabelled = config.train.batch_labelled, config.train.batch_unlabelled
+        assert unlabelled == 3 * labelled and labelled % 2 == 0
+        slices = labelled + unlabelled
+        total = 900 + 90 * slices + slices**2 // 50
+        told = math.inf if gives_up and total > memory else total
+        return StepPlan("train", slices, {}, told, 0, {})
+
+    monkeypatch.setattr(sweep, "plan_train", planned)
+    found = list(sweep.sweep(config, target))
+    assert {(o["model.dtype"], o["model.remat"]) for o, _ in found} == {
+        (dtype, remat) for dtype in ("float32", "bfloat16") for remat in POLICIES
+    }
+    assert len(found) == 12  # attention in chunks and whole
+    fitting = [n for n in range(8, 800, 8) if 900 + 90 * n + n**2 // 50 <= memory]
+    for options, best in found:
+        slices = options["train.batch_labelled"] + options["train.batch_unlabelled"]
+        line = sweep.sweep_line(options, best)
+        if fitting:
+            assert best.slices == slices == max(fitting)
+            assert f"{options['train.batch_labelled']}+" in line
+        else:
+            assert best is None and "does not fit" in line
+    assert (config.train.batch_labelled, config.train.batch_unlabelled) == (2, 6)
