@@ -11,10 +11,10 @@ from sammix_jax.models.lora import THIRDS
 from sammix_jax.models.remat import POLICIES
 from sammix_jax.models.resnet import OUTPUT_STRIDES, STAGES
 from sammix_jax.models.sam.variants import VARIANTS
+from sammix_jax.objective import CLASSIFICATION_LOSSES
 from sammix_jax.optim import SCHEDULES
 from sammix_jax.preprocess import NORMALISATIONS, SCALINGS
 from sammix_jax.sam_mix import BOX_SOURCES, DTYPES, FUSIONS, MASK_CHOICES, PROTOCOLS
-from sammix_jax.train_step import CLASSIFICATION_LOSSES
 
 CHOICES = {
     "data.resize": RESIZES,

@@ -65,7 +65,8 @@ def _platform_is_tpu() -> bool:
 
 def is_first() -> bool:
     """Whether this process is the one that writes files and speaks to the user."""
-    return jax.process_index() == 0
+    # Asked this way it starts no backend, which would take a GPU's memory.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:

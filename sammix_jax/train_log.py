@@ -7,6 +7,7 @@ import time
 
 from tensorboardX import SummaryWriter
 
+from sammix_jax import hosts
 from sammix_jax.data.files import local_copy, whole_file
 from sammix_jax.data.paths import as_path, is_remote
 
@@ -20,7 +21,7 @@ class TrainLog:
     """Appends to WORKDIR/metrics.csv and WORKDIR/tensorboard; a context manager.
 
     For a workdir in an object store both are written on this machine, and copied there every few
-    seconds and at the end.
+    seconds and at the end. Of several processes the first one's are kept.
 
     Args:
       workdir: the run's folder.
@@ -30,10 +31,11 @@ class TrainLog:
 
     def __init__(self, workdir, start: int):
         self._workdir = as_path(workdir)
-        self._remote = is_remote(self._workdir)
+        self._remote = is_remote(self._workdir) and hosts.is_first()
         self._uploaded = time.monotonic()
-        self._temporary = tempfile.TemporaryDirectory() if self._remote else None
-        self._folder = pathlib.Path(self._temporary.name) if self._remote else self._workdir
+        here = not is_remote(self._workdir) and hosts.is_first()
+        self._temporary = None if here else tempfile.TemporaryDirectory()
+        self._folder = self._workdir if here else pathlib.Path(self._temporary.name)
         rows = [row for row in read_log(workdir) if row[0] <= start]
         path = self._folder / METRICS
         with whole_file(path) as partial, open(partial, "w", newline="") as file:
@@ -49,8 +51,9 @@ class TrainLog:
         self._file.close()
         self._tensorboard.close()
         if self._remote:
-            with self._temporary:
-                self._upload()
+            self._upload()
+        if self._temporary:
+            self._temporary.cleanup()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

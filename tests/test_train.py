@@ -20,6 +20,7 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import evaluate
 from sammix_jax.inference import make_predict
+from sammix_jax.objective import sam_mix_loss
 from sammix_jax.optim import make_optimiser
 from sammix_jax.prepare import prepare
 from sammix_jax.preprocess import scale_slices
@@ -27,7 +28,7 @@ from sammix_jax.sam_mix import Masks, SamMixOutput, sam_mix
 from sammix_jax.sharding import BatchLayout, make_mesh, replicated
 from sammix_jax.train import train
 from sammix_jax.train_log import read_log
-from sammix_jax.train_step import TrainState, make_init, make_train_step, sam_mix_loss
+from sammix_jax.train_step import TrainState, make_init, make_train_step
 
 
 def final_state(config, workdir):

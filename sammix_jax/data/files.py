@@ -7,6 +7,7 @@ import pathlib
 import tempfile
 import threading
 
+from sammix_jax import hosts
 from sammix_jax.data.paths import Path, as_path, is_remote
 from sammix_jax.errors import UserError
 
@@ -15,11 +16,14 @@ from sammix_jax.errors import UserError
 def whole_file(path):
     """Yields a temporary local path that takes the place of `path` when the block ends well.
 
-    The temporary name keeps the ending, from which writers take the format.
+    The temporary name keeps the ending, from which writers take the format. Of the processes of one
+    run, which all come here, the first one's file is kept.
     """
     path = as_path(path)
+    kept = _uploaded if is_remote(path) else _renamed
+    place = kept if hosts.is_first() else _discarded
     try:
-        with _uploaded(path) if is_remote(path) else _renamed(path) as partial:
+        with place(path) as partial:
             yield partial
     except OSError as error:
         raise UserError(
@@ -99,6 +103,12 @@ def _renamed(path: pathlib.Path):
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _discarded(path: Path):
+    with tempfile.TemporaryDirectory() as folder:
+        yield pathlib.Path(folder) / path.name
 
 
 @contextlib.contextmanager

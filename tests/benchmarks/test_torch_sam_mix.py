@@ -25,10 +25,10 @@ from convert.classifier_rules import RESNET38D
 from convert.sam_rules import OFFICIAL
 from sammix_jax.losses import cross_entropy
 from sammix_jax.models.resnet import Classifier
+from sammix_jax.objective import sam_mix_loss
 from sammix_jax.optim import make_optimiser, merge_params, split_params
 from sammix_jax.preprocess import scale_slices
 from sammix_jax.sam_mix import sam_mix
-from sammix_jax.train_step import sam_mix_loss
 
 SIZE = 128  # of the slices: ResNet-38's map is 4 × 4
 RANK = 2

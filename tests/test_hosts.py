@@ -1,0 +1,120 @@
+"""Processes find one another, write once, and stop together."""
+
+import pytest
+from processes import finish, start_several
+
+from sammix_jax import hosts
+from sammix_jax.errors import UserError
+
+VARIABLES = (
+    *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+    *("MEGASCALE_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"),
+    "TPU_WORKER_HOSTNAMES",
+)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What `jax.distributed.initialize` is called with, one entry a call."""
+    calls = []
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("jax.distributed.initialize", lambda **given: calls.append(given))
+    return calls
+
+
+def test_a_process_alone_joins_nobody(joined):
+    hosts.join()
+    assert not joined
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("JAX_COORDINATOR_ADDRESS", "10.0.0.1:1234"),
+        ("SLURM_STEP_NUM_TASKS", "4"),
+        ("OMPI_COMM_WORLD_SIZE", "2"),
+        ("TPU_WORKER_HOSTNAMES", "t1k-w0,t1k-w1"),
+        ("MEGASCALE_COORDINATOR_ADDRESS", "10.0.0.1"),
+    ],
+)
+def test_the_environment_tells_of_others(joined, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    hosts.join()
+    assert joined == [{}]
+    hosts.join(multihost=False)
+    assert joined == [{}]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("SLURM_STEP_NUM_TASKS", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")],
+)
+def test_a_run_of_one_under_a_scheduler_joins_nobody(joined, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    hosts.join()
+    assert not joined
+
+
+def test_numbers_are_taken_from_the_environment(joined, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    hosts.join()
+    assert joined == [{"num_processes": 3, "process_id": 2}]
+    monkeypatch.setenv("JAX_PROCESS_ID", "two")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID='two': expected a number"):
+        hosts.join()
+
+
+def test_what_is_missing_is_told(monkeypatch):
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("sammix_jax.hosts.jax.distributed.initialize", _fails)
+    with pytest.raises(UserError, match=r"could not be joined \(coordinator_address .* set JAX_"):
+        hosts.join(multihost=True)
+
+
+def _fails(**_):
+    raise ValueError("coordinator_address should be defined.")
+
+
+RUN = """
+import sys
+import jax, numpy as np
+from jax.sharding import PartitionSpec, NamedSharding
+from sammix_jax import hosts
+from sammix_jax.data.files import write_json
+from sammix_jax.sharding import BatchLayout, make_mesh, place_batch
+hosts.join()
+folder, me = sys.argv[1], jax.process_index()
+made = hosts.first_then_others(lambda: (open(folder + "/log", "a").write(f"{me} "), me)[1], "made")
+write_json(folder + "/one.json", me)
+mesh, layout = make_mesh(), BatchLayout(4, 8, 4)
+read = []
+def batches(step, rows):
+    read.extend(int(row) for row in rows)
+    rows = np.asarray(rows)
+    hu = np.repeat(rows, 4).reshape(-1, 2, 2).astype(np.int16)
+    return {"hu": hu, "mask": hu[rows < 4].astype(np.uint8), "image_label": rows.astype(np.int32)}
+batch = place_batch(batches, 0, layout, mesh)
+whole = hosts.to_host(batch)
+assert whole["image_label"].tolist() == layout.order.tolist(), whole
+assert whole["mask"][:, 0, 0].tolist() == [0, 1, 2, 3]
+with hosts.Termination() as termination:
+    print("process", me, "made", made, "read", sorted(read), "stops", termination.asked(1))
+hosts.wait_for_all("end")
+"""
+
+
+def test_two_processes_share_a_batch_and_write_once(tmp_path):
+    """Each reads its own rows; the first writes, and the other finds it."""
+    (tmp_path / "run.py").write_text(RUN)
+    pair = start_several([tmp_path / "run.py", tmp_path], 2, devices=2)
+    output = "".join(finish(process) for process in pair)
+    # Four shards with one labelled slice and two others each; two shards a process.
+    assert "process 0 made 0 read [0, 1, 4, 5, 6, 7] stops False" in output
+    assert "process 1 made 1 read [2, 3, 8, 9, 10, 11] stops False" in output
+    assert (tmp_path / "log").read_text() == "0 1 "
+    assert (tmp_path / "one.json").read_text() == "0"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
