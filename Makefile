@@ -10,6 +10,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
+# Two cores serve two test files; a file stays with one process, and so do its fixtures.
+PARALLEL ?= -n 2 --dist loadfile
+
 # One arena: without it glibc keeps freed memory per thread, and both speed and memory suffer.
 export MALLOC_ARENA_MAX ?= 1
 
@@ -19,7 +22,7 @@ demo: $(VENV)/core
 	$(BIN)/python -m sammix_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-tpu: $(VENV)-tpu/tpu
 	$(VENV)-tpu/bin/python -m pytest tests/test_plan.py -k tpu
@@ -28,7 +31,7 @@ test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
 parity: $(VENV)/convert
-	$(BIN)/python -m pytest tests/models tests/convert tests/benchmarks
+	$(BIN)/python -m pytest $(PARALLEL) tests/models tests/convert tests/benchmarks
 
 bench: $(VENV)/convert
 	$(BIN)/python -m benchmarks.encoder --rounds 2 --repeats 3

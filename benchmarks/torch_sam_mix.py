@@ -26,7 +26,7 @@ THRESHOLD = 0.2  # of the CAM's peak
 SEGMENTATION_WEIGHT = 0.5
 SMOOTH = 1.0  # of Dice, pixels
 LEARNING_RATE = 1e-4
-MEMORY_FORMAT = torch.contiguous_format  # of the classifier; results do not depend on it
+MEMORY_FORMAT = torch.channels_last
 
 
 class Output(NamedTuple):

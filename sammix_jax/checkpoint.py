@@ -22,6 +22,7 @@ from etils import epath
 from sammix_jax import hosts
 from sammix_jax.config import differing_fields, pinned, preprocessing
 from sammix_jax.data.files import read_json, write_json
+from sammix_jax.data.paths import as_path, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.train_step import TrainState
 
@@ -41,7 +42,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir, keep: int = 2):
-        self._root = _absolute(workdir) / "checkpoints"
+        # Orbax takes no relative path.
+        self._root = epath.Path(str(resolved(as_path(workdir)))) / "checkpoints"
 
         def manager(name: str, **options) -> ocp.CheckpointManager:
             return ocp.CheckpointManager(
@@ -229,12 +231,6 @@ class Checkpoints:
                 f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}); bring it back "
                 "from a copy, or begin again in another --workdir."
             ) from error
-
-
-def _absolute(workdir) -> epath.Path:
-    """Orbax takes no relative path; that of a bucket is absolute, and spoilt by `resolve`."""
-    path = epath.Path(workdir)
-    return path if "://" in str(path) else path.resolve()
 
 
 def _inferring(state: TrainState) -> dict:

@@ -118,7 +118,7 @@ def train(config, workdir, store: SliceStore) -> bool:
             tqdm(initial=start, total=steps, desc="train", unit="step", disable=quiet) as bar,
         ):
             for done in range(start + 1, steps + 1):
-                profile.at(done)
+                profile.at(done - 1)
                 with timer.part("data"):
                     _, batch = next(ahead)
                 # Only what is asked for moves between host and device.
@@ -131,9 +131,10 @@ def train(config, workdir, store: SliceStore) -> bool:
                 bar.update()
                 due = _due(done, steps)
                 told = due(config.log.every_steps)
-                validates = bool(split.val) and due(config.log.validate_every_steps)
-                # After this step, so that all processes stop at the same one.
-                stop = termination.asked(done)
+                # All processes ask after each step, and stop at the same one; the last step ends
+                # the run anyway. There is no time to validate then.
+                stop = termination.asked(done) and done < steps
+                validates = split.val and due(config.log.validate_every_steps) and not stop
                 saves = stop or due(save_steps)
                 if told or validates or saves:
                     with timer.part("step"):
@@ -159,13 +160,13 @@ def train(config, workdir, store: SliceStore) -> bool:
                     log.write(done, {f"val/{name}": v for name, v in scores.items()})
                     listed = ", ".join(f"{name} {v:.3f}" for name, v in scores.items())
                     _LOG.info("step %d of %d: validation %s", done, steps, listed)
-                # After validation: a run stopped in it validates again.
+                # After validation: a run that ends in it validates again.
                 if saves:
                     with timer.part("checkpoint"):
                         checkpoints.save(state, done)
                         if stop or config.checkpoint.every_steps == 1:
                             checkpoints.wait()
-                if stop and done < steps:
+                if stop:
                     raise hosts.Terminated(f"stopped after step {done} of {steps}, which is saved")
     return True
 

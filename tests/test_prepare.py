@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
@@ -246,7 +247,8 @@ def test_prediction_sees_what_the_store_holds(config, lits, tmp_path, resize):
         return SlicePredictions(nothing, logits, nothing, nothing, {"cam": logits})
 
     volume = read_volume(lits / "volume-0.nii.gz")
-    predicted = predict_volume(predict, {}, volume, None, config)
+    variables = {"of": {"no": jnp.zeros(1)}}  # which say on what device to predict
+    predicted = predict_volume(predict, variables, volume, None, config)
     stored = np.stack([store.hu(s) for s in store.slices("volume-0")])
     np.testing.assert_array_equal(predicted.hu, stored)
     mask = predicted.masks["cam"]

@@ -79,8 +79,12 @@ def test_resumed_equals_uninterrupted(workdir, config, tmp_path, monkeypatch):
     whole, resumed = final_state(config, workdir), final_state(config, tmp_path)
     assert int(resumed.step) == config.train.steps
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
-    log = [row for row in read_log(tmp_path) if "per_second" not in row[1]]
-    assert log == [row for row in read_log(workdir) if "per_second" not in row[1]]
+    measured = ("per_second", "seconds", "mib")  # of the machine, not of the run
+    logs = [
+        [row for row in read_log(folder) if not any(word in row[1] for word in measured)]
+        for folder in (workdir, tmp_path)
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) > 20
 
 
 NOISE = BatchLayout(3, 1)
@@ -146,7 +150,7 @@ def test_nan_stops_the_run(workdir, config, tmp_path):
     config.train.clip_norm = 0.0
     config.train.schedule, config.train.warmup_steps = "constant", 0
     config.data.store = str(workdir / "store")
-    with pytest.raises(UserError, match=r"step \d+: .*loss.* is not finite"):
+    with pytest.raises(UserError, match=r"step 1: parameter_norm, value of .*more is not finite"):
         train(config, tmp_path, prepare(config, workdir))
 
 
