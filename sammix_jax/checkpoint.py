@@ -24,6 +24,7 @@ from sammix_jax.config import differing_fields, pinned, preprocessing
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.paths import as_path, resolved
 from sammix_jax.errors import UserError
+from sammix_jax.sharding import replicated
 from sammix_jax.train_step import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ class Checkpoints:
         """Keeps this state where its score beats every earlier one. Returns whether it did."""
         self._best.wait_until_finished()  # a save under way has no score yet
         best = self._best.best_step()
-        if best is not None and score <= self._best.metrics(best)["score"]:
+        # A run that was killed after this comes to the same step again.
+        if best is not None and (best == step or score <= self._best.metrics(best)["score"]):
             return False
         return self._best.save(
             step,
@@ -186,15 +188,19 @@ class Checkpoints:
         return state
 
     def _read(self, manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
+        fault = None
         try:
             kept = manager.item_metadata(step).tree
             differing = _other_shapes(kept, like)
             if not differing:
                 seal = {"seal": jax.eval_shape(_checksums, like)}
-                seal = abstract(seal, jax.tree.leaves(like)[0].sharding)
+                seal = abstract(seal, replicated(jax.tree.leaves(like)[0].sharding.mesh))
                 restored = manager.restore(step, args=ocp.args.StandardRestore(like | seal))
         except Exception as error:  # Orbax raises this very class, among others
-            raise Damaged(f"cannot be read ({str(error).splitlines()[0][:200]})") from error
+            fault = error
+        if hosts.any_process(fault is not None):  # a part that only one of them reads
+            told = str(fault).splitlines()[0][:200] if fault else "by another process"
+            raise Damaged(f"cannot be read ({told})") from fault
         if differing:
             raise UserError(
                 f"{manager.directory / str(step)}: a checkpoint of another model: "

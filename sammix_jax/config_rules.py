@@ -142,6 +142,14 @@ def check_config(config) -> None:
         config.loss.dice_smooth > 0 or not taught,
         "above 0 with a teacher (consistency.weight): a slice may have no confident pixel",
     )
+    sizes = (config.train.batch_labelled, config.train.batch_unlabelled)
+    parts = max(1, config.train.accumulate)
+    expect(
+        "train.accumulate",
+        not any(size % parts for size in sizes),
+        f"a divisor of train.batch_labelled={sizes[0]} and of train.batch_unlabelled={sizes[1]}, "
+        "so that every part of a batch has both kinds",
+    )
     begin, end = config.log.profile
     expect("log.profile", 0 <= begin <= end, "(start, stop) with 0 <= start <= stop")
     expect("model.mask_index", config.model.mask_index < 3, "0, 1 or 2")

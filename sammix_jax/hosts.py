@@ -7,6 +7,7 @@ import signal
 import threading
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from sammix_jax.errors import UserError
@@ -47,7 +48,8 @@ def join(multihost: bool | None = None) -> None:
 
 
 def _several() -> bool:
-    if {"JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"} & set(os.environ):
+    named = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "MEGASCALE_COORDINATOR_ADDRESS")
+    if any(name in os.environ for name in named):
         return True
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     if any(int(os.environ.get(name, 1)) > 1 for name in counts):
@@ -75,11 +77,28 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def first_then_others(work, name: str):
-    """`work()` on the first process, then on the others, which find what it has written."""
-    result = work() if is_first() else None
-    wait_for_all(name)
-    return result if is_first() else work()
+def first_then_others(first, others):
+    """`first()` on the first process, then `others()` on the others, which find what it wrote.
+
+    Raises:
+      UserError: what `first` raised; on the others, that it failed.
+    """
+    result, error = None, None
+    if is_first():
+        try:
+            result = first()
+        except UserError as found:
+            error = found
+    if any_process(error is not None):
+        raise error or UserError("the first process failed, and says why.")
+    return result if is_first() else others()
+
+
+def any_process(here: bool) -> bool:
+    """Whether it is so on any process; all must ask."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
 def to_host(tree):

@@ -1,5 +1,6 @@
 """Slices in, masks out: the one path that validation, evaluation and prediction share."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -162,7 +163,8 @@ def load_model(config, workdir) -> tuple[SamMix, dict]:
         raise UserError(f"{folder}: no checkpoint there; train the workdir first.")
     model = sam_mix(config)
     shapes = jax.eval_shape(make_init(model, make_optimiser(config.train, steps=1), config))
-    mesh = make_mesh(config.mesh.fsdp)
+    # There may be fewer devices than trained it.
+    mesh = make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
     like = abstract(shapes, state_sharding(shapes, mesh, config.mesh.shard_frozen))
     with Checkpoints(workdir) as checkpoints:
         checkpoints.check_preprocessing(config)

@@ -93,6 +93,8 @@ def main(argv) -> int:
     _cache_compilations()
     try:
         hosts.join(_MULTIHOST.value)
+        if not hosts.is_first():  # which alone speaks to the user, but for errors
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 — for the rest of the process
         _log_to_terminal()
         if _MODE.value == "plan":
             _plan()
@@ -187,8 +189,10 @@ def _named_config():
 
 def _prepare(config, workdir: pathlib.Path) -> SliceStore:
     """By the first process alone; the others open what it has made."""
-    work = lambda: prepare.prepare(config, workdir)  # noqa: E731
-    return hosts.first_then_others(work, "prepare")
+    return hosts.first_then_others(
+        lambda: prepare.prepare(config, workdir),
+        lambda: SliceStore.open(prepare.store_folder(config, workdir)),
+    )
 
 
 def _train(config, workdir: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ import re
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from sammix_jax.checkpoint import abstract
 from sammix_jax.errors import UserError
@@ -19,13 +19,7 @@ from sammix_jax.flops import count_flops
 from sammix_jax.inference import make_predict
 from sammix_jax.optim import make_optimiser
 from sammix_jax.sam_mix import sam_mix
-from sammix_jax.sharding import (
-    AXES,
-    along_batch,
-    batch_layout,
-    make_mesh,
-    state_sharding,
-)
+from sammix_jax.sharding import along_batch, batch_layout, make_mesh, rows_sharding, state_sharding
 from sammix_jax.train_step import jit_train_step, make_init
 
 GIB = 2**30
@@ -132,7 +126,7 @@ def plan_train(config, target: Target) -> StepPlan:
     layout = batch_layout(config.train, mesh)
     model, state, placed = _state(config, mesh)
     side = config.data.size
-    rows = NamedSharding(mesh, PartitionSpec(AXES) if layout.shards > 1 else PartitionSpec())
+    rows = rows_sharding(layout, mesh)
     batch = {
         "hu": jax.ShapeDtypeStruct((layout.size, side, side), np.int16, sharding=rows),
         "mask": jax.ShapeDtypeStruct((layout.labelled, side, side), np.uint8, sharding=rows),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from sammix_jax import figures
+from sammix_jax import figures, hosts
 from sammix_jax.data.files import read_json, whole_file
 from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.splits import LABELS, PARTS, SPLIT
@@ -42,7 +42,7 @@ def write_report(folder, evaluation: Evaluation, config, workdir) -> Path:
     folder = as_path(folder)
     examples = {example.case.scan: example for example in evaluation.examples}
     for picture in folder.glob("*.png"):
-        if picture.stem not in examples:
+        if picture.stem not in examples and hosts.is_first():
             picture.unlink()
     for name, example in examples.items():
         figures.save(_case(example, config), folder / f"{name}.png")

@@ -164,16 +164,8 @@ def batch_layout(train, mesh: Mesh) -> BatchLayout:
     Args:
       train: `config.train`.
       mesh: of the run.
-
-    Raises:
-      UserError: `train.accumulate` does not divide the quotas.
     """
     sizes, parts = (train.batch_labelled, train.batch_unlabelled), train.accumulate
-    if any(size % parts for size in sizes):
-        raise UserError(
-            f"train.accumulate={parts}: must divide train.batch_labelled={sizes[0]} and "
-            f"train.batch_unlabelled={sizes[1]}, so that every part of a batch has both kinds."
-        )
     shards = mesh.size
     if any(size % (parts * shards) for size in sizes):
         _LOG.warning(
@@ -190,6 +182,11 @@ def along_batch(mesh: Mesh, size: int) -> NamedSharding:
     return replicated(mesh) if size % mesh.size else NamedSharding(mesh, PartitionSpec(AXES))
 
 
+def rows_sharding(layout: BatchLayout, mesh: Mesh) -> NamedSharding:
+    """Where the rows of a batch lie."""
+    return NamedSharding(mesh, PartitionSpec(AXES) if layout.shards > 1 else PartitionSpec())
+
+
 def place_batch(batches, step: int, layout: BatchLayout, mesh: Mesh) -> dict[str, jax.Array]:
     """Reads this process's share of a batch and puts it on its devices.
 
@@ -202,7 +199,7 @@ def place_batch(batches, step: int, layout: BatchLayout, mesh: Mesh) -> dict[str
     Returns:
       hu (B, S, S) int16 in the layout's order; mask (L, S, S) uint8; image_label (B,) int32.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(AXES) if layout.shards > 1 else PartitionSpec())
+    sharding = rows_sharding(layout, mesh)
     indices = sharding.addressable_devices_indices_map((layout.shards,)).values()
     here = sorted({index[0].start or 0 for index in indices})
     host = batches(step, np.concatenate([layout.rows(shard) for shard in here]))

@@ -24,7 +24,7 @@ from sammix_jax.sharding import (
     place_batch,
     state_sharding,
 )
-from sammix_jax.train_log import TrainLog
+from sammix_jax.train_log import TrainLog, read_log
 from sammix_jax.train_step import jit_train_step, load_pretrained, make_init
 from sammix_jax.validate import validate
 
@@ -110,6 +110,20 @@ def train(config, workdir, store: SliceStore) -> bool:
         quiet = None if hosts.is_first() else True
         batch_of = lambda step: place_batch(batches, step, layout, mesh)  # noqa: E731
         before, timer, paths = None, Timer(), sorted(like.trainable)
+
+        def validate_at(step: int, stop=lambda: False) -> None:
+            with timer.part("validation"):
+                variables, batch = state.variables, config.evaluate.batch
+                scores = validate(predict, variables, store, split.val, batch, stop)
+                if "dice" in scores:
+                    checkpoints.save_best(state, step, scores["dice"])
+            log.write(step, {f"val/{name}": value for name, value in scores.items()})
+            listed = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            _LOG.info("step %d of %d: validation %s", step, steps, listed)
+
+        # A run that was stopped at such a step saved it, and had no time to validate.
+        validated = {step for step, name, _ in read_log(workdir) if name.startswith("val/")}
+        owed = start and start % config.log.validate_every_steps == 0 and start not in validated
         with (
             TrainLog(workdir, start) as log,
             hosts.Termination() as termination,
@@ -117,6 +131,8 @@ def train(config, workdir, store: SliceStore) -> bool:
             contextlib.closing(prefetch(batch_of, start, steps)) as ahead,
             tqdm(initial=start, total=steps, desc="train", unit="step", disable=quiet) as bar,
         ):
+            if split.val and owed:
+                validate_at(start)
             for done in range(start + 1, steps + 1):
                 profile.at(done - 1)
                 with timer.part("data"):
@@ -131,8 +147,8 @@ def train(config, workdir, store: SliceStore) -> bool:
                 bar.update()
                 due = _due(done, steps)
                 told = due(config.log.every_steps)
-                # All processes ask after each step, and stop at the same one; the last step ends
-                # the run anyway. There is no time to validate then.
+                # All processes ask after each step, and stop at the same one, where there is no
+                # time to validate; the last step ends the run anyway.
                 stop = termination.asked(done) and done < steps
                 validates = split.val and due(config.log.validate_every_steps) and not stop
                 saves = stop or due(save_steps)
@@ -146,21 +162,11 @@ def train(config, workdir, store: SliceStore) -> bool:
                     log.write(done, {f"train/{name}": value for name, value in values.items()})
                     bar.set_postfix(loss=f"{values['loss']:.3f}")
                 if validates:
-                    with timer.part("validation"):
-                        scores = validate(
-                            predict,
-                            state.variables,
-                            store,
-                            split.val,
-                            config.evaluate.batch,
-                            termination.asked_alone,
-                        )
-                        if "dice" in scores:
-                            checkpoints.save_best(state, done, scores["dice"])
-                    log.write(done, {f"val/{name}": v for name, v in scores.items()})
-                    listed = ", ".join(f"{name} {v:.3f}" for name, v in scores.items())
-                    _LOG.info("step %d of %d: validation %s", done, steps, listed)
-                # After validation: a run that ends in it validates again.
+                    try:
+                        validate_at(done, lambda: termination.asked_alone() and done < steps)  # noqa: B023
+                    except hosts.Terminated:
+                        stop = saves = True
+                # After validation: a run that is killed in it validates again.
                 if saves:
                     with timer.part("checkpoint"):
                         checkpoints.save(state, done)

@@ -38,7 +38,7 @@ def validate(
     volume_dice, correct = [], []
     for scan in scans:
         if stop():
-            raise Terminated("stopped in validation, to which the last checkpoint leads again")
+            raise Terminated("stopped in validation")
         slices = store.slices(scan)
         hu = np.stack([store.hu(s) for s in slices])
         predicted = predict_slices(predict, variables, hu, None, batch)

@@ -147,6 +147,8 @@ def test_the_last_ones_are_kept_and_the_best(tmp_path):
         for step, score in enumerate((0.2, 0.6, 0.4, 0.5), 1):
             checkpoints.save(state_at(step), step)
             assert checkpoints.save_best(state_at(step), step, score) == (step < 3)
+            # As a run does that was killed between this and its next checkpoint.
+            assert not checkpoints.save_best(state_at(step), step, score + 0.001 * (step == 2))
     names = {
         kind: sorted(p.name for p in (tmp_path / "checkpoints" / kind).iterdir() if p.is_dir())
         for kind in ("latest", "best")

@@ -85,10 +85,20 @@ import jax, numpy as np
 from jax.sharding import PartitionSpec, NamedSharding
 from sammix_jax import hosts
 from sammix_jax.data.files import write_json
+from sammix_jax.errors import UserError
 from sammix_jax.sharding import BatchLayout, make_mesh, place_batch
 hosts.join()
 folder, me = sys.argv[1], jax.process_index()
-made = hosts.first_then_others(lambda: (open(folder + "/log", "a").write(f"{me} "), me)[1], "made")
+def write(me):
+    open(folder + "/log", "a").write(f"{me} ")
+    return me
+made = hosts.first_then_others(lambda: write(me), lambda: write(10 * me))
+def fails():
+    raise UserError("no scans")
+try:
+    hosts.first_then_others(fails, lambda: print("never"))
+except UserError as error:
+    print("process", me, "is told:", error)
 write_json(folder + "/one.json", me)
 mesh, layout = make_mesh(), BatchLayout(4, 8, 4)
 read = []
@@ -114,7 +124,9 @@ def test_two_processes_share_a_batch_and_write_once(tmp_path):
     output = "".join(finish(process) for process in pair)
     # Four shards with one labelled slice and two others each; two shards a process.
     assert "process 0 made 0 read [0, 1, 4, 5, 6, 7] stops False" in output
-    assert "process 1 made 1 read [2, 3, 8, 9, 10, 11] stops False" in output
-    assert (tmp_path / "log").read_text() == "0 1 "
+    assert "process 1 made 10 read [2, 3, 8, 9, 10, 11] stops False" in output
+    assert "process 0 is told: no scans" in output
+    assert "process 1 is told: the first process failed" in output and "never" not in output
+    assert (tmp_path / "log").read_text() == "0 10 "
     assert (tmp_path / "one.json").read_text() == "0"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -11,6 +11,7 @@ from layouts import LAYOUTS
 from processes import finish, start, start_several
 from toy import Toy, toy_state
 
+from sammix_jax.config_rules import check_config
 from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
 from sammix_jax.sharding import BatchLayout, batch_layout, divided, make_mesh, place_batch
@@ -159,8 +160,8 @@ def test_refusals(config, caplog):
         make_mesh(3)
     config.train.batch_labelled, config.train.batch_unlabelled = 4, 2
     config.train.accumulate = 4
-    with pytest.raises(UserError, match=r"train\.accumulate=4: must divide .*unlabelled=2"):
-        batch_layout(config.train, make_mesh())
+    with pytest.raises(UserError, match=r"train\.accumulate=4: expected a divisor .*unlabelled=2"):
+        check_config(config)
     config.train.accumulate = 1
     eight = types.SimpleNamespace(size=8)
     assert batch_layout(config.train, eight).shards == 1
