@@ -130,6 +130,13 @@ def default_config() -> ml_collections.ConfigDict:
     consistency.start_step = 0  # the teacher follows from the start and teaches from here
     consistency.ramp_steps = 100  # over which the weight then grows
 
+    # Promptable pretraining on procedural scenes (--mode=pretrain).
+    config.pretrain = pretrain = ml_collections.ConfigDict()
+    pretrain.images = 8  # in a step
+    pretrain.prompts = 6  # shapes of an image that are prompted, half by a box and half by a point
+    pretrain.rounds = 2  # of prompts: the first and then corrections
+    pretrain.held_out = 128  # scenes to validate on
+
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.part = "test"  # train, val or test
     evaluate.root = ""  # evaluate every labelled scan of this folder instead

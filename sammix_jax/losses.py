@@ -27,13 +27,45 @@ def dice_loss(
     Raises:
       ValueError: shapes that do not fit.
     """
+    return _mean(dice_costs(logits, target, smooth, valid), weights)
+
+
+def dice_costs(
+    logits: jax.Array, target: jax.Array, smooth: float = 1.0, valid: jax.Array | None = None
+) -> jax.Array:
+    """1 - Dice of each mask, (...); arguments as `dice_loss`."""
     logits, target = _masks(logits, target)
     probability = jax.nn.sigmoid(logits)
     if valid is not None:
         probability, target = probability * valid, target * valid
     overlap = (probability * target).sum(axis=(-2, -1))
     total = probability.sum(axis=(-2, -1)) + target.sum(axis=(-2, -1))
-    return _mean(1 - (2 * overlap + smooth) / (total + smooth), weights)
+    return 1 - (2 * overlap + smooth) / (total + smooth)
+
+
+def focal_costs(
+    logits: jax.Array, target: jax.Array, alpha: float = 0.25, gamma: float = 2.0
+) -> jax.Array:
+    """Focal loss of each mask, the mean over its pixels (Lin et al. 2017, arXiv 1708.02002).
+
+    Args:
+      logits: (..., H, W) float.
+      target: (..., H, W) bool, or float in {0, 1}.
+      alpha: weight of a pixel inside; one outside has 1 - alpha.
+      gamma: how strongly pixels already told well are discounted.
+
+    Returns:
+      (...) float32.
+
+    Raises:
+      ValueError: shapes that do not fit.
+    """
+    logits, target = _masks(logits, target)
+    # Logits whose sign says whether the pixel is told right.
+    signed = jnp.where(target > 0.5, logits, -logits)
+    balance = jnp.where(target > 0.5, alpha, 1 - alpha)
+    cost = balance * jax.nn.sigmoid(-signed) ** gamma * jax.nn.softplus(-signed)
+    return cost.mean(axis=(-2, -1))
 
 
 def bce_loss(
@@ -80,11 +112,19 @@ def iou_loss(
             f"predicted_iou {predicted_iou.shape} for masks {logits.shape}: expected "
             f"{logits.shape[:-2]}, one value per mask."
         )
-    mask, truth = logits > 0, target > 0.5
-    overlap = (mask & truth).sum(axis=(-2, -1))
-    union = (mask | truth).sum(axis=(-2, -1))
-    iou = jax.lax.stop_gradient(overlap / jnp.maximum(union, 1))
-    return _mean(jnp.square(predicted_iou.astype(jnp.float32) - iou), weights)
+    error = predicted_iou.astype(jnp.float32) - mask_iou(logits > 0, target > 0.5)
+    return _mean(jnp.square(error), weights)
+
+
+def mask_iou(masks: jax.Array, truth: jax.Array) -> jax.Array:
+    """IoU of each mask, (...) float32 without gradient; 0 where mask and truth are both empty.
+
+    Args:
+      masks, truth: (..., H, W) bool.
+    """
+    overlap = (masks & truth).sum(axis=(-2, -1))
+    union = (masks | truth).sum(axis=(-2, -1))
+    return jax.lax.stop_gradient(overlap / jnp.maximum(union, 1))
 
 
 def cross_entropy(

@@ -23,11 +23,13 @@ from sammix_jax.data.paths import Path, as_path, find_matching
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import kept_split
 from sammix_jax.errors import UserError
+from sammix_jax.pretrain.run import pretrain
 from sammix_jax.tables import result_table
 
 MODES = {
     "train": "prepare if needed, train, evaluate, predict one case",
     "prepare": "bring the scans into the slice store",
+    "pretrain": "train a promptable SAM on procedural scenes and write its weights",
     "evaluate": "score the trained workdir",
     "predict": "segment --input into --output",
     "plan": "compile the steps of --config and tell what memory they take; needs no data",
@@ -119,7 +121,9 @@ def _run(mode: str, workdir: pathlib.Path) -> None:
         _prepare(config, workdir)
         return
     check_workdir(config, workdir)
-    if mode == "train":
+    if mode == "pretrain":
+        print(f"weights     {pretrain(config, workdir)}")
+    elif mode == "train":
         if not (workdir / "config.json").exists():
             check_weight_files(config)
         _train(config, workdir)
@@ -148,7 +152,7 @@ def _plan() -> None:
 def _config(mode: str, workdir: Path | None):
     """The config of the command line; what it leaves out, a trained workdir's own tells."""
     flag = flags.FLAGS["config"]
-    if mode in ("train", "prepare", "plan"):
+    if mode in ("train", "prepare", "pretrain", "plan"):
         if not flag.present:
             raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
         config = _named_config()

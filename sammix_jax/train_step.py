@@ -189,7 +189,7 @@ def make_train_step(
         batch_stats, (grads, metrics) = _accumulate(backward, state.batch_stats, parts, unroll)
         updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        norms = jnp.stack([_leaf_norms(grads), _leaf_norms(trainable)])
+        norms = jnp.stack([leaf_norms(grads), leaf_norms(trainable)])
         metrics["leaf_norms"] = norms
         metrics["gradient_norm"], metrics["parameter_norm"] = jnp.linalg.norm(norms, axis=1)
         new_state = state.replace(
@@ -255,7 +255,7 @@ def _accumulate(backward, batch_stats, parts: dict, unroll: bool):
     return batch_stats, jax.tree.map(lambda leaf: leaf / count, total)
 
 
-def _leaf_norms(leaves: dict) -> jax.Array:
+def leaf_norms(leaves: dict) -> jax.Array:
     return jnp.stack([jnp.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves(leaves)])
 
 

@@ -1,0 +1,35 @@
+"""A promptable SAM of 3.7 M parameters, pretrained on drawn shapes: where the demo begins.
+
+Command   python -m sammix_jax.main --mode=pretrain --config=configs/pretrain_mini.py --workdir=DIR
+Data      procedural scenes (sammix_jax/pretrain/scenes.py), drawn as they are needed and never
+          twice; no anatomy
+Model     mini SAM at 128, without LoRA, trained whole
+Recipe    Segment Anything's: box or point, corrections, the answer as a mask prompt; focal and Dice
+Writes    DIR/sam_mini.safetensors, for --config.model.sam_weights
+"""
+
+from sammix_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.sam = "mini"
+    config.model.image_size = 128
+    config.model.lora_rank = 0
+    config.input.normalise = "unit"
+
+    config.train.trainable = (
+        r"(image_encoder|mask_decoder)/.*",
+        r"prompt_encoder/(?!position_encoding).*",
+    )
+    config.train.steps = 4000
+    config.train.learning_rate = 8e-4
+    config.train.schedule = "cosine"
+    config.train.warmup_steps = 200
+    config.train.weight_decay = 0.05
+    config.train.clip_norm = 1.0
+
+    config.log.every_steps = 20
+    config.log.validate_every_steps = 250
+    config.checkpoint.every_steps = 200
+    return config

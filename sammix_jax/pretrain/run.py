@@ -1,0 +1,110 @@
+"""Pretrains a promptable SAM on procedural scenes; read from top to bottom."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sammix_jax.checkpoint import Checkpoints, abstract
+from sammix_jax.config import check_workdir, claim_workdir
+from sammix_jax.data.paths import Path, as_path
+from sammix_jax.hosts import to_host
+from sammix_jax.loop import Validation, run_steps
+from sammix_jax.models.sam.sam import Sam
+from sammix_jax.optim import make_optimiser
+from sammix_jax.pretrain.score import held_out_scenes, make_answer, prompt_ious
+from sammix_jax.pretrain.step import jit_pretrain_step, make_init
+from sammix_jax.sharding import along_batch, make_mesh, state_sharding
+from sammix_jax.weights import write_weights
+
+_LOG = logging.getLogger(__name__)
+
+
+def pretrain(config, workdir) -> Path:
+    """Trains until `config.train.steps`, from the newest checkpoint if there is one.
+
+    Args:
+      config: the run's config; reads `pretrain`, `model`, `input.normalise`, `train`, `mesh`,
+        `checkpoint` and `log`.
+      workdir: receives config.json, checkpoints, metrics.csv and tensorboard.
+
+    Returns:
+      The weight file, WORKDIR/sam_VARIANT.safetensors in float16: the best state by validation.
+
+    Raises:
+      UserError: a config that cannot train; a number that is not finite.
+      hosts.Terminated: SIGTERM, once the state is saved.
+    """
+    check_workdir(config, workdir)
+
+    # ---- Mesh, model and optimiser
+    mesh = make_mesh(config.mesh.fsdp)
+    steps, images = config.train.steps, config.pretrain.images
+    sam = Sam(
+        variant=config.model.sam,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        query_chunk=config.model.query_chunk,
+    )
+    optimiser = make_optimiser(config.train, steps)
+
+    # ---- State: abstract first, then restored or initialised straight onto the mesh
+    init = make_init(sam, optimiser, config)
+    shapes = jax.eval_shape(init)
+    sharding = state_sharding(shapes, mesh, config.mesh.shard_frozen)
+    like = abstract(shapes, sharding)
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+        checkpoints.check_config(config)
+        state = checkpoints.restore(like)
+        if state is None:
+            state = jax.jit(init, out_shardings=sharding)()
+        claim_workdir(config, workdir)
+        checkpoints.save_config(config)
+        checkpoints.save_frozen(state)
+        _LOG.info(
+            "pretraining from step %d to %d on %d %s device(s)",
+            int(state.step),
+            steps,
+            mesh.size,
+            mesh.devices.flat[0].platform,
+        )
+        if int(state.step) < steps:
+            # ---- Loop: a batch is the images' numbers; the step draws the rest on the device
+            numbers = jax.device_put(np.arange(images, dtype=np.int32), along_batch(mesh, images))
+            examples = held_out_scenes(config.pretrain.held_out, config.model.image_size)
+            answer = make_answer(sam, config.input.normalise)
+            run_steps(
+                state,
+                jit_pretrain_step(sam, optimiser, config, mesh, sharding),
+                lambda step: numbers,
+                steps,
+                config=config,
+                workdir=workdir,
+                checkpoints=checkpoints,
+                images=images,
+                validation=Validation(
+                    lambda state, stop: _measure(answer, state.variables, examples), best="iou"
+                ),
+            )
+        best = checkpoints.restore_best(like)
+    return _write(config, workdir, best)
+
+
+def _measure(answer, variables, examples) -> dict[str, float]:
+    found = prompt_ious(answer, variables, examples)
+    scores = {f"iou_{name}": float(iou.mean()) for name, iou in found.items()}
+    return scores | {"iou": float(np.mean(list(scores.values())))}
+
+
+def _write(config, workdir, state) -> Path:
+    arrays = {
+        path: np.asarray(to_host(leaf), np.float16)
+        for path, leaf in (state.trainable | state.frozen).items()
+    }
+    path = as_path(workdir) / f"sam_{config.model.sam}.safetensors"
+    source = f"pretrain seed {config.seed} step {int(state.step)}"
+    metadata = {"kind": "sam", "model": config.model.sam, "source": source, "sha256": ""}
+    write_weights(path, arrays, metadata)
+    _LOG.info("weights → %s", path)
+    return path

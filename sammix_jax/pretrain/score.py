@@ -1,0 +1,107 @@
+"""How well a promptable model answers one box or one point, on images that it has not seen."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage
+
+from sammix_jax.cam import mask_to_box
+from sammix_jax.losses import mask_iou
+from sammix_jax.models.sam.mask_decoder import MULTIMASK
+from sammix_jax.models.sam.sam import Sam
+from sammix_jax.preprocess import to_rgb
+from sammix_jax.pretrain.scenes import draw_scenes
+from sammix_jax.pretrain.step import LARGEST, SMALLEST
+
+# Held out: no training step draws from this stream, whatever its seed.
+_HELD_OUT = 2**32 - 1
+LEAST_PIXELS = 16  # of a mask that is scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompted:
+    """Images, one mask of each, and what prompts for it.
+
+    Attributes:
+      images: (N, S, S) float32 in [0, 1].
+      masks: (N, S, S) bool, not empty.
+      boxes: (N, 4) float32 XYXY in pixels, tight.
+      points: (N, 2) float32, x and y of the pixel that lies deepest in the mask.
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    boxes: np.ndarray
+    points: np.ndarray
+
+
+def prompted(images: np.ndarray, masks: np.ndarray) -> Prompted:
+    """Adds the prompts. Images (N, S, S) float32 in [0, 1], masks (N, S, S) bool, none empty."""
+    boxes = np.asarray(mask_to_box(jnp.asarray(masks))[0])
+    points = np.stack([deepest_pixel(mask) for mask in masks]).astype(np.float32)
+    return Prompted(images, masks, boxes, points)
+
+
+def deepest_pixel(mask: np.ndarray) -> tuple[int, int]:
+    """x and y of the pixel of a mask (S, S) that is farthest from its edge."""
+    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(np.argmax(depth), depth.shape)
+    return x, y
+
+
+def held_out_scenes(count: int, size: int) -> Prompted:
+    """`count` scenes that no run trains on, with one shape of each."""
+    key = jax.random.fold_in(jax.random.key(0), _HELD_OUT)
+    scenes = jax.jit(draw_scenes, static_argnums=1)(jax.random.split(key, count), size)
+    masks = np.asarray(scenes.masks)
+    share = masks.mean(axis=(2, 3))
+    sound = (share > SMALLEST) & (share < LARGEST)
+    rng = np.random.default_rng(0)
+    chosen = [(i, rng.choice(np.flatnonzero(sound[i]))) for i in range(count) if sound[i].any()]
+    images = np.asarray(scenes.images)[[i for i, _ in chosen]]
+    return prompted(images, np.stack([masks[i, k] for i, k in chosen]))
+
+
+def make_answer(sam: Sam, normalisation: str):
+    """Returns the jitted `answer(variables, images, masks, prompt) -> IoU`.
+
+    `prompt` is a dict with `boxes` (B, 4) or `points` (B, 2); of the three masks the one is taken
+    that the model itself thinks best. IoU (B,) float32 on the images' own grid.
+    """
+
+    def answer(variables, images, masks, prompt):
+        size = images.shape[1:]
+        bound = sam.bind(variables)
+        embeddings = bound.encode_image(to_rgb(images, normalisation))
+        if "boxes" in prompt:
+            given = {"boxes": prompt["boxes"][:, None]}
+        else:
+            points = prompt["points"][:, None, None]  # (B, P=1, N=1, xy)
+            given = {"points": points, "labels": jnp.ones(points.shape[:3], jnp.int32)}
+        logits, iou = bound.decode(embeddings, input_size=size, **given)
+        logits, iou = logits[:, 0, MULTIMASK], iou[:, 0, MULTIMASK]
+        best = jnp.argmax(iou, axis=1)[:, None, None, None]
+        logits = jnp.take_along_axis(logits, best, axis=1)[:, 0]  # (B, s, s)
+        logits = jax.image.resize(logits, masks.shape, "linear", antialias=False)
+        return mask_iou(logits > 0, masks)
+
+    return jax.jit(answer)
+
+
+def prompt_ious(answer, variables, examples: Prompted, batch: int = 32) -> dict[str, np.ndarray]:
+    """IoU of each example from its box and from its point: "box" and "point", (N,) float32."""
+    found = {"box": [], "point": []}
+    count = len(examples.images)
+    for start in range(0, count, batch):
+        # The last batch is filled up, so that one program serves all.
+        rows = np.minimum(np.arange(start, start + batch), count - 1)
+        images, masks = examples.images[rows], examples.masks[rows]
+        for name, prompt in (
+            ("box", {"boxes": examples.boxes[rows]}),
+            ("point", {"points": examples.points[rows]}),
+        ):
+            iou = np.asarray(answer(variables, images, masks, prompt))
+            found[name].append(iou[: count - start])
+    return {name: np.concatenate(parts) for name, parts in found.items()}

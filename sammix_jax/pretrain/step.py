@@ -1,0 +1,189 @@
+"""One step of promptable pretraining: draw scenes, prompt, correct, learn.
+
+The training algorithm of Segment Anything (Kirillov et al. 2023, arXiv 2304.02643, appendix A): an
+image is encoded once and prompted for several shapes, half of them with a box and half with a
+point; each round adds a point where the answer is wrong and gives the answer back as a mask prompt.
+The loss is focal and Dice, 20 to 1, of the best of three masks, and the error of the estimated IoU.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sammix_jax.losses import dice_costs, focal_costs, mask_iou
+from sammix_jax.models.sam.mask_decoder import MULTIMASK, SINGLE_MASK
+from sammix_jax.models.sam.sam import Sam
+from sammix_jax.optim import merge_params, split_params
+from sammix_jax.preprocess import to_rgb
+from sammix_jax.pretrain.prompts import corrections, jittered_boxes, random_points
+from sammix_jax.pretrain.scenes import Scenes, draw_scenes
+from sammix_jax.sharding import along_batch, gather, replicated
+from sammix_jax.train_step import TrainState, leaf_norms
+
+FOCAL, DICE, IOU = 20.0, 1.0, 1.0  # weights of the loss
+FIRST_PROMPTS = ("box", "point")
+# Shares of the image that a prompted shape may take.
+SMALLEST, LARGEST = 0.004, 0.7
+
+
+def make_init(sam: Sam, optimiser: optax.GradientTransformation, config):
+    """Returns `init() -> TrainState`, to be jitted or evaluated abstractly."""
+
+    def init() -> TrainState:
+        side = config.model.image_size
+        params = sam.init(jax.random.key(config.seed), jnp.zeros((1, side, side, 3)))["params"]
+        trainable, frozen = split_params(params, config.train.trainable)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            frozen=frozen,
+            batch_stats={},
+            opt_state=optimiser.init(trainable),
+            teacher={},
+        )
+
+    return init
+
+
+def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh):
+    """Returns `step(state, numbers) -> (state, metrics)`, to be jitted.
+
+    `numbers` (B,) int32 are the images' places in the batch; with the seed and the state's step
+    they say which scenes are drawn. Metrics are as those of `train_step.make_train_step`.
+    """
+    settings = config.pretrain
+    rows = along_batch(mesh, settings.images)
+
+    def loss_fn(trainable, frozen, scenes: Scenes, keys: jax.Array):
+        variables = {"params": gather(mesh)(merge_params(trainable, frozen))}
+        return promptable_loss(sam, variables, scenes, keys, settings, config.input.normalise)
+
+    def step(state: TrainState, numbers: jax.Array) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+        keys = jax.lax.with_sharding_constraint(keys, rows)
+        scenes = draw_scenes(keys, config.model.image_size)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(
+            state.trainable, state.frozen, scenes, keys
+        )
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics["leaf_norms"] = jnp.stack([leaf_norms(grads), leaf_norms(trainable)])
+        metrics["gradient_norm"], metrics["parameter_norm"] = jnp.linalg.norm(
+            metrics["leaf_norms"], axis=1
+        )
+        state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+        return state, metrics
+
+    return step
+
+
+def jit_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh, sharding):
+    """The step as a run takes it: the state stays where it lies, the old one is given up."""
+    step = make_pretrain_step(sam, optimiser, config, mesh)
+    return jax.jit(step, out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
+
+
+def promptable_loss(
+    sam: Sam, variables: dict, scenes: Scenes, keys: jax.Array, settings, normalisation: str
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a batch.
+
+    Args:
+      sam, variables: the model.
+      scenes: B of them.
+      keys: (B,) random keys, from which shapes and prompts are drawn.
+      settings: `config.pretrain`.
+      normalisation: `config.input.normalise`.
+
+    Returns:
+      The loss, and its parts by name with the mean IoU after the first and the last round; scalars.
+    """
+    size = scenes.images.shape[-1]
+    bound = lambda method, *args, **named: sam.apply(variables, *args, method=method, **named)  # noqa: E731
+    embeddings = bound(Sam.encode_image, to_rgb(scenes.images, normalisation))
+    choose_key, *prompt_keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys).T
+    truth, shown = choose_shapes(choose_key, scenes.masks, settings.prompts)
+    half = settings.prompts // 2
+    losses, metrics = [], {}
+    for first, group_keys, group in zip(
+        FIRST_PROMPTS, prompt_keys, (slice(0, half), slice(half, None)), strict=True
+    ):
+        decode = lambda **prompt: bound(  # noqa: E731
+            Sam.decode, embeddings, input_size=(size, size), **prompt
+        )
+        found = _rounds(decode, group_keys, truth[:, group], shown[:, group], first, size, settings)
+        losses += [loss for loss, _ in found]
+        metrics[f"iou_{first}"] = found[0][1]
+        metrics[f"iou_{first}_corrected"] = found[-1][1]
+    loss = sum(losses) / len(losses)
+    return loss, {"loss": loss, **metrics}
+
+
+def choose_shapes(keys: jax.Array, masks: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Draws the shapes to be prompted, among those that are neither specks nor all of the image.
+
+    Args:
+      keys: (B,) random keys.
+      masks: (B, K, S, S) bool.
+      count: P.
+
+    Returns:
+      Their masks on the grid of the decoder's answer if it has half the side, (B, P, S / 2, S / 2)
+      bool, and which of them are there, (B, P) bool, as a scene may have fewer.
+    """
+    b, k, size, _ = masks.shape
+    cells = masks.reshape(b, k, size // 2, 2, size // 2, 2)  # (B, K, S, S) → (B, K, s, 2, s, 2)
+    coarse = cells.mean(axis=(3, 5)) >= 0.5
+    share = coarse.mean(axis=(2, 3))
+    sound = (share > SMALLEST) & (share < LARGEST)
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(keys) + sound
+    order = jnp.argsort(-draws, axis=1)[:, :count]  # (B, P)
+    chosen = jnp.take_along_axis(coarse, order[:, :, None, None], axis=1)
+    return chosen, jnp.take_along_axis(sound, order, axis=1)
+
+
+def _rounds(decode, keys, truth, shown, first: str, size: int, settings) -> list:
+    """The loss and mean IoU of each round of prompts that begin with `first`."""
+    keys = jax.vmap(lambda key: jax.random.split(key, settings.rounds + 1))(keys)  # (B, R + 1)
+    weights = shown.astype(jnp.float32)
+    safe = truth | ~truth.any(axis=(-2, -1), keepdims=True)  # a point needs somewhere to lie
+    prompt = {}
+    if first == "box":
+        side = truth.shape[-1]
+        boxes = jittered_boxes(keys[:, 0], truth) * (size / side)
+        prompt["boxes"] = jnp.clip(boxes, 0, size)
+    else:
+        prompt["points"] = random_points(keys[:, 0], safe, size)[:, :, None]  # (B, P, 1, xy)
+        prompt["labels"] = jnp.ones(prompt["points"].shape[:3], jnp.int32)
+    found = []
+    for number in range(settings.rounds):
+        logits, predicted_iou = decode(**prompt)  # (B, P, 4, s, s), (B, P, 4)
+        # A lone point may mean several things; the answer for one meaning learns from the others.
+        alone = first == "point" and number == 0
+        loss, best, iou = _round_loss(logits, predicted_iou, truth, weights, single=not alone)
+        found.append((loss, iou))
+        answer = jax.lax.stop_gradient(best)
+        point, label = corrections(keys[:, number + 1], answer > 0, safe, size)
+        point, label = point[:, :, None], label[:, :, None]
+        if "points" in prompt:
+            point = jnp.concatenate([prompt["points"], point], axis=2)
+            label = jnp.concatenate([prompt["labels"], label], axis=2)
+        prompt |= {"points": point, "labels": label, "masks": answer}
+    return found
+
+
+def _round_loss(logits, predicted_iou, truth, weights, single: bool):
+    """The loss of one answer, the mask of the highest estimate (B, P, s, s), and its mean IoU."""
+    target = jnp.broadcast_to(truth[:, :, None], logits.shape)  # (B, P, 4, s, s)
+    costs = FOCAL * focal_costs(logits, target) + DICE * dice_costs(logits, target)  # (B, P, 4)
+    cost = costs[..., MULTIMASK].min(-1)
+    if single:
+        cost += costs[..., SINGLE_MASK][..., 0]
+    iou = mask_iou(logits > 0, target)
+    cost += IOU * jnp.square(predicted_iou - iou)[..., MULTIMASK].mean(-1)
+    best = MULTIMASK.start + jnp.argmax(predicted_iou[..., MULTIMASK], axis=-1)[..., None]
+    mask = jnp.take_along_axis(logits, best[..., None, None], axis=2)[:, :, 0]
+    mean = lambda x: (x * weights).sum() / jnp.maximum(weights.sum(), 1)  # noqa: E731
+    return mean(cost), mask, mean(jnp.take_along_axis(iou, best, axis=2)[..., 0])
