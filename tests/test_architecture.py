@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sammix_jax"
 LAYERS = [
     {"main"},
     {"report"},
-    {"predict", "evaluate", "train", "sweep"},
+    {"predict", "evaluate", "train", "sweep", "pretrain"},
+    {"loop"},
     {"validate", "monitor", "plan"},
     {"results", "tables"},
     {"scores"},

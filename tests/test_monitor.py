@@ -11,9 +11,10 @@ from toy import Toy
 from sammix_jax import train as train_module
 from sammix_jax.checkpoint import Checkpoints
 from sammix_jax.errors import UserError
+from sammix_jax.loop import save_interval
 from sammix_jax.monitor import Profile, Timer, memory, refuse_not_finite
 from sammix_jax.prepare import prepare
-from sammix_jax.train import save_interval, train
+from sammix_jax.train import train
 from sammix_jax.train_log import read_log
 
 

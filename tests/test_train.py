@@ -10,7 +10,7 @@ import pytest
 from conftest import small_config
 from toy import Toy, toy_state
 
-from sammix_jax import losses
+from sammix_jax import loop, losses
 from sammix_jax import train as train_module
 from sammix_jax.cam import CamPrompt, cam_prompt, mask_to_box
 from sammix_jax.checkpoint import Checkpoints, abstract
@@ -62,7 +62,7 @@ def test_resumed_equals_uninterrupted(workdir, config, tmp_path, monkeypatch):
     config.data.split_file = str(workdir / "split.json")
     config.data.labels_file = str(workdir / "labels.json")
     store = prepare(config, workdir)
-    step_of = train_module.prefetch
+    step_of = loop.prefetch
 
     def until_17(make, start, stop):
         for step, batch in step_of(make, start, stop):
@@ -71,7 +71,7 @@ def test_resumed_equals_uninterrupted(workdir, config, tmp_path, monkeypatch):
             yield step, batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "prefetch", until_17)
+        patch.setattr(loop, "prefetch", until_17)
         with pytest.raises(Killed):
             train(config, tmp_path, store)
     assert train(config, tmp_path, store) is True

@@ -1,0 +1,100 @@
+"""How well a SAM answers one box or one point on images of a kind that it was not trained on.
+
+    python -m benchmarks.zero_shot --weights=weights/sam_mini.safetensors
+    python -m benchmarks.zero_shot --weights=… --scans=DIR --organs liver spleen    (TotalSegmentator)
+
+Prompts are drawn from the true mask: its tight box, or its deepest pixel. Of the three masks the one
+is taken that the model itself thinks best. IoU on the slice's own grid, `SIDE` squared, of every
+slice where the organ has `LEAST_PIXELS` there; the mean over slices, and over each scan's mean its
+standard deviation.
+"""
+
+import argparse
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from sammix_jax.config import default_config
+from sammix_jax.data import datasets, volumes
+from sammix_jax.data.geometry import slice_geometry
+from sammix_jax.data.phantom import DOMAINS, write_totalsegmentator
+from sammix_jax.models.sam.sam import Sam
+from sammix_jax.models.sam.variants import get_variant
+from sammix_jax.preprocess import window
+from sammix_jax.pretrain.score import (
+    LEAST_PIXELS,
+    Prompted,
+    held_out_scenes,
+    make_answer,
+    prompt_ious,
+    prompted,
+)
+from sammix_jax.weights import read_weights
+
+ORGANS = ("liver", "spleen", "kidney_left", "kidney_right")
+PATIENTS = 6  # of a phantom domain
+SEED = 77  # of phantoms that no config of this project makes
+
+
+def organ_slices(root, organ: str, side: int) -> list[Prompted]:
+    """The slices of every scan below `root` that show the organ, prepared as for training."""
+    found = []
+    limits = default_config().input.window
+    for scan in datasets.find_scans(root, organ):
+        volume = volumes.read_volume(scan.image)
+        truth = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
+        geometry = slice_geometry(volume.hu.shape[1:], volume.spacing[1:], side, "fit")
+        masks = np.stack([geometry.mask_to_square(mask) for mask in truth])
+        shown = np.flatnonzero(masks.sum(axis=(1, 2)) >= LEAST_PIXELS)
+        if len(shown):
+            hu = np.stack([geometry.image_to_square(volume.hu[z]) for z in shown])
+            images = np.asarray(window(jnp.asarray(hu), limits))
+            found.append(prompted(images, masks[shown]))
+    return found
+
+
+def row(name: str, answer, variables, scans: list[Prompted]) -> str:
+    """A row of the table: IoU from a box and from a point."""
+    ious = [prompt_ious(answer, variables, scan) for scan in scans]
+    cells = [name, str(len(scans)), str(sum(len(iou["box"]) for iou in ious))]
+    for prompt in ("box", "point"):
+        values = np.concatenate([iou[prompt] for iou in ious])
+        spread = np.std([iou[prompt].mean() for iou in ious], ddof=1) if len(scans) > 1 else None
+        cells.append(f"{values.mean():.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--scans", help="a folder of scans, instead of phantoms and scenes")
+    parser.add_argument("--organs", nargs="+", default=ORGANS)
+    parser.add_argument("--normalise", default="unit", help="input.normalise of the pretraining")
+    flags = parser.parse_args()
+    arrays, metadata = read_weights(flags.weights)
+    params = traverse_util.unflatten_dict(
+        {path: jnp.asarray(array, jnp.float32) for path, array in arrays.items()}, sep="/"
+    )
+    sam, variables = Sam(variant=metadata["model"]), jax.device_put({"params": params})
+    side = get_variant(metadata["model"]).image_size
+    answer = make_answer(sam, flags.normalise)
+    print("| images | scans | masks | IoU, box | IoU, point |\n|---|---|---|---|---|")
+    if flags.scans:
+        for organ in flags.organs:
+            scans = organ_slices(flags.scans, organ, side)
+            print(row(organ, answer, variables, scans), flush=True)
+        return
+    print(row("scenes, held out", answer, variables, [held_out_scenes(256, side)]), flush=True)
+    for name, domain in DOMAINS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write_totalsegmentator(folder, PATIENTS, SEED, domain)
+            for organ in flags.organs:
+                scans = organ_slices(folder, organ, side)
+                print(row(f"phantom, {name}: {organ}", answer, variables, scans), flush=True)
+
+
+if __name__ == "__main__":
+    main()

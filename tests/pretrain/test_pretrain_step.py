@@ -1,0 +1,140 @@
+"""The step of promptable pretraining, on a SAM small enough to be compiled in a moment."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.pretrain_mini import get_config
+from sammix_jax.models.sam.sam import Sam
+from sammix_jax.models.sam.variants import VARIANTS
+from sammix_jax.optim import make_optimiser
+from sammix_jax.pretrain import step as step_module
+from sammix_jax.pretrain.scenes import SHAPES
+from sammix_jax.pretrain.step import choose_shapes, make_init, make_pretrain_step
+from sammix_jax.sharding import make_mesh
+
+TINY = dataclasses.replace(
+    VARIANTS["mini"],
+    image_size=32,
+    embed_dim=16,
+    depth=2,
+    num_heads=2,
+    global_blocks=(1,),
+    window_size=2,
+    prompt_dim=16,
+    decoder_mlp_dim=32,
+    decoder_heads=2,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A compiled step, a new state and the config."""
+    config = get_config()
+    config.model.image_size = 32
+    config.pretrain.images = 3
+    config.pretrain.prompts = 2
+    config.train.warmup_steps = 0
+    config.train.steps = 10
+    optimiser = make_optimiser(config.train, config.train.steps)
+    sam = Sam(variant=TINY)
+    state = jax.jit(make_init(sam, optimiser, config))()
+    step = jax.jit(make_pretrain_step(sam, optimiser, config, make_mesh(1, jax.devices()[:1])))
+    return step, state
+
+
+def test_every_trained_leaf_learns_and_the_constant_stays(tiny):
+    step, state = tiny
+    after, metrics = step(state, jnp.arange(3))
+    gradients = dict(
+        zip(sorted(state.trainable), np.asarray(metrics["leaf_norms"][0]), strict=True)
+    )
+    # Softmax takes no notice of what is added to all keys alike: their biases have no gradient.
+    idle = {path for path, norm in gradients.items() if norm < 1e-7}
+    assert all("k_proj/bias" in path for path in idle), sorted(idle)
+    assert list(state.frozen) == ["prompt_encoder/position_encoding/gaussian_matrix"]
+    np.testing.assert_array_equal(
+        *(s.frozen["prompt_encoder/position_encoding/gaussian_matrix"] for s in (state, after))
+    )
+    assert int(after.step) == 1 and np.isfinite(float(metrics["loss"]))
+    for name in ("iou_box", "iou_box_corrected", "iou_point", "iou_point_corrected"):
+        assert 0 <= float(metrics[name]) <= 1
+
+
+def test_a_step_is_a_function_of_seed_and_step_not_of_where_an_image_lies(tiny):
+    step, state = tiny
+    first, _ = step(state, jnp.arange(3))
+    again, _ = step(state, jnp.arange(3))
+    turned, turned_metrics = step(state, jnp.array([2, 0, 1]))
+    other, other_metrics = step(state.replace(step=state.step + 1), jnp.arange(3))
+    for path in first.trainable:
+        np.testing.assert_array_equal(first.trainable[path], again.trainable[path])
+    _, metrics = step(state, jnp.arange(3))
+    np.testing.assert_allclose(turned_metrics["loss"], metrics["loss"], rtol=1e-5)
+    assert abs(float(other_metrics["loss"] - metrics["loss"])) > 1e-3
+
+
+def test_shapes_to_prompt_are_neither_specks_nor_the_whole_image():
+    masks = np.zeros((2, SHAPES, 32, 32), bool)
+    masks[:, 0] = True  # the whole image
+    masks[:, 1, :2, :2] = True  # a speck
+    masks[:, 2, :16, :16] = True
+    masks[:, 3, 8:24, 8:16] = True
+    keys = jax.random.split(jax.random.key(0), 2)
+    chosen, there = choose_shapes(keys, jnp.asarray(masks), 3)
+    assert chosen.shape == (2, 3, 16, 16)
+    np.testing.assert_array_equal(there, [[True, True, False]] * 2)
+    for b in range(2):
+        areas = sorted(np.asarray(chosen[b, :2]).sum(axis=(1, 2)).tolist())
+        assert areas == [8 * 4, 8 * 8]
+
+
+def test_the_loss_is_that_of_the_best_of_three_masks():
+    rng = np.random.default_rng(0)
+    truth = jnp.asarray(rng.random((2, 1, 8, 8)) > 0.6)
+    logits = rng.normal(size=(2, 1, 4, 8, 8)).astype(np.float32)
+    logits[0, 0, 2] = np.where(truth[0, 0], 9, -9)  # right, but thought the worst
+    iou = np.array([[[0.9, 0.8, 0.1, 0.3]], [[0.5, 0.2, 0.6, 0.4]]], np.float32)
+
+    def cost(mask, target):
+        """Focal and Dice of one mask, in float64."""
+        p = 1 / (1 + np.exp(-mask.astype(np.float64)))
+        right = np.where(target, p, 1 - p)
+        balance = np.where(target, 0.25, 0.75)
+        focal = np.mean(-balance * (1 - right) ** 2 * np.log(right))
+        dice = 1 - (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
+        return 20 * focal + dice
+
+    def true_iou(mask, target):
+        return ((mask > 0) & target).sum() / ((mask > 0) | target).sum()
+
+    expected = {True: 0.0, False: 0.0}
+    for b in range(2):
+        target = np.asarray(truth[b, 0])
+        costs = [cost(mask, target) for mask in logits[b, 0]]
+        ious = [true_iou(mask, target) for mask in logits[b, 0]]
+        error = np.mean([(iou[b, 0, m] - ious[m]) ** 2 for m in (1, 2, 3)])
+        for single in expected:
+            expected[single] += (min(costs[1:]) + single * costs[0] + error) / 2
+    for single, value in expected.items():
+        loss, mask, _ = step_module._round_loss(
+            jnp.asarray(logits), jnp.asarray(iou), truth, jnp.ones((2, 1)), single
+        )
+        np.testing.assert_allclose(loss, value, rtol=1e-5)
+        # What goes on is what the model thinks best, not what is best.
+        np.testing.assert_array_equal(mask[0, 0], logits[0, 0, 1])
+        np.testing.assert_array_equal(mask[1, 0], logits[1, 0, 2])
+
+
+def test_prompts_for_shapes_that_are_not_there_cost_nothing():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 4, 8, 8)), jnp.float32)
+    truth = jnp.zeros((1, 2, 8, 8), bool).at[0, 0, :4].set(True)
+    weights = jnp.array([[1.0, 0.0]])
+    both, _, _ = step_module._round_loss(logits, jnp.zeros((1, 2, 4)), truth, weights, True)
+    one, _, _ = step_module._round_loss(
+        logits[:, :1], jnp.zeros((1, 1, 4)), truth[:, :1], weights[:, :1], True
+    )
+    np.testing.assert_allclose(both, one, rtol=1e-6)

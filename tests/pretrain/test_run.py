@@ -1,0 +1,71 @@
+"""A whole pretraining in small: it resumes exactly and leaves weights that SAM-Mix takes."""
+
+import numpy as np
+import pytest
+from test_pretrain_step import TINY
+
+from configs.pretrain_mini import get_config
+from sammix_jax.errors import UserError
+from sammix_jax.models.sam import variants
+from sammix_jax.pretrain import run
+from sammix_jax.train_log import read_log
+from sammix_jax.weights import load_weights, read_weights
+
+
+@pytest.fixture
+def config(monkeypatch):
+    monkeypatch.setitem(variants.VARIANTS, "tiny", TINY)
+    config = get_config()
+    config.model.sam, config.model.image_size = "tiny", 32
+    config.pretrain.images = config.pretrain.prompts = config.pretrain.held_out = 2
+    config.pretrain.rounds = 1
+    config.train.steps, config.train.warmup_steps = 4, 1
+    config.log.every_steps, config.log.validate_every_steps = 1, 2
+    config.checkpoint.every_steps = 2
+    return config
+
+
+def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monkeypatch):
+    whole = run.pretrain(config, tmp_path / "whole")
+    steps = run.run_steps
+
+    def cut(state, step, batch_of, last, **rest):
+        def until_three(number):
+            if number == 3:
+                raise KeyboardInterrupt
+            return batch_of(number)
+
+        return steps(state, step, until_three, last, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_steps", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run.pretrain(config, tmp_path / "cut")
+    resumed = run.pretrain(config, tmp_path / "cut")
+    (arrays, _), (others, _) = read_weights(whole), read_weights(resumed)
+    assert arrays.keys() == others.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(array, others[path], err_msg=path)
+
+    log = {(step, name): value for step, name, value in read_log(tmp_path / "cut")}
+    assert {step for step, name in log if name == "val/iou_box"} == {2, 4}
+    assert all(0 <= log[2, f"val/iou_{name}"] <= 1 for name in ("box", "point"))
+
+
+def test_the_weights_are_sams_in_half_precision(config, tmp_path):
+    config.train.steps = 1
+    path = run.pretrain(config, tmp_path)
+    assert path.name == "sam_tiny.safetensors"
+    arrays = load_weights(path, "sam", "tiny")
+    assert {array.dtype for array in arrays.values()} == {np.dtype("float16")}
+    assert "prompt_encoder/position_encoding/gaussian_matrix" in arrays
+    with pytest.raises(UserError, match="model.sam is mini"):
+        load_weights(path, "sam", "mini")
+
+
+def test_a_workdir_belongs_to_one_config(config, tmp_path):
+    config.train.steps = 1
+    run.pretrain(config, tmp_path)
+    config.pretrain.prompts = 4
+    with pytest.raises(UserError, match="pretrain.prompts=2"):
+        run.pretrain(config, tmp_path)

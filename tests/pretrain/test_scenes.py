@@ -1,0 +1,107 @@
+"""Scenes: drawn from their key alone, and such that what is to be found can be seen."""
+
+import ast
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sammix_jax.pretrain import scenes
+from sammix_jax.pretrain.scenes import SHAPES, draw_scenes
+
+SIZE = 64
+_draw = jax.jit(draw_scenes, static_argnums=1)
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return jax.random.split(jax.random.key(5), 12)
+
+
+@pytest.fixture(scope="module")
+def drawn(keys):
+    return _draw(keys, SIZE)
+
+
+def test_shapes_and_ranges(drawn):
+    assert drawn.images.shape == (12, SIZE, SIZE) and drawn.images.dtype == jnp.float32
+    assert drawn.masks.shape == (12, SHAPES, SIZE, SIZE) and drawn.masks.dtype == bool
+    assert np.isfinite(drawn.images).all()
+    assert drawn.images.min() >= 0 and drawn.images.max() <= 1
+
+
+def test_a_scene_follows_from_its_key_wherever_it_lies_in_the_batch(keys, drawn):
+    order = np.random.default_rng(0).permutation(len(keys))
+    again = _draw(keys[order], SIZE)
+    np.testing.assert_array_equal(again.images, drawn.images[order])
+    np.testing.assert_array_equal(again.masks, drawn.masks[order])
+
+
+def test_no_scene_comes_twice(drawn):
+    images = np.asarray(drawn.images)
+    for i in range(len(images)):
+        for j in range(i):
+            assert np.abs(images[i] - images[j]).mean() > 0.02
+
+
+def test_most_scenes_offer_several_shapes_of_useful_size(drawn):
+    share = np.asarray(drawn.masks).mean(axis=(2, 3))
+    useful = ((share > 0.004) & (share < 0.7)).sum(axis=1)
+    assert np.median(useful) >= 6 and useful.min() >= 2
+
+
+def test_what_is_to_be_found_differs_from_what_lies_around_it(drawn):
+    from scipy import ndimage
+
+    steps = []
+    for image, masks in zip(np.asarray(drawn.images), np.asarray(drawn.masks), strict=True):
+        for mask in masks:
+            if mask.mean() < 0.01 or mask.mean() > 0.7:
+                continue
+            around = ndimage.binary_dilation(mask, iterations=4) & ~ndimage.binary_dilation(mask)
+            inner = ndimage.binary_erosion(mask)
+            if around.any() and inner.any():
+                steps.append(abs(image[inner].mean() - image[around].mean()))
+    # Some are hard, as in any picture; a scene of nothing but those would teach nothing.
+    assert np.median(steps) > 0.05
+
+
+def test_later_shapes_hide_earlier_ones_but_parts_stay_in_their_whole():
+    inside = np.zeros((SHAPES, 4, 4), bool)
+    inside[0, :, :] = True  # the whole square
+    inside[1, 0, :] = True  # part of 0: its top row
+    inside[2, :, 0] = True  # part of nothing: the left column, above both
+    parent = np.full(SHAPES, -1)
+    parent[1] = 0
+    masks = np.asarray(scenes._visible(jnp.asarray(inside), jnp.asarray(parent)))
+    np.testing.assert_array_equal(masks[0][:, 1:], True)  # its part counts
+    np.testing.assert_array_equal(masks[0][:, 0], False)  # hidden
+    np.testing.assert_array_equal(masks[1][0], [False, True, True, True])
+    np.testing.assert_array_equal(masks[2], inside[2])
+    assert not masks[3:].any()
+
+
+def test_nested_shapes_lie_near_their_whole_and_are_smaller(keys):
+    places = jax.vmap(scenes._place_shapes)(keys)
+    parent, radius, centre = (np.asarray(x) for x in (places.parent, places.radius, places.centre))
+    nested = 0
+    for b, k in np.argwhere(parent >= 0):
+        whole = parent[b, k]
+        assert whole < k
+        assert radius[b, k] <= 0.5 * radius[b, whole] * 1.001
+        assert np.linalg.norm(centre[b, k] - centre[b, whole]) < 3 * radius[b, whole]
+        nested += 1
+    assert nested > 10
+
+
+def test_no_anatomy_enters():
+    tree = ast.parse(inspect.getsource(scenes))
+    imported = {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None), *(alias.name for alias in node.names)]
+    }
+    assert imported <= {"typing", "NamedTuple", "jax", "jax.numpy", None}
