@@ -22,7 +22,7 @@ LAYERS = [
     {"objective"},
     {"sam_mix"},
     {"preprocess", "optim", "sharding", "config", "presets", "weights"},
-    {"cam", "losses", "consistency", "metrics", "intervals", "models", "data"},
+    {"cam", "losses", "multimix_loss", "consistency", "metrics", "intervals", "models", "data"},
     {"hosts"},
     {"errors", "flops"},
 ]
