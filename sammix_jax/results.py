@@ -16,6 +16,8 @@ from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.data.splits import LABELS, SPLIT
 from sammix_jax.errors import UserError
 from sammix_jax.scores import Case, Guidance, summarise_cases, summarise_guidance
+from sammix_jax.systems.named import make_system
+from sammix_jax.systems.system import scored_protocols
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,14 +48,14 @@ def collect(
 
     Args:
       config, workdir: the run's.
-      cases: of every scan under every protocol, the headline first.
+      cases: of every scan under every protocol.
       guidance: of every scan.
       faults: what is wrong with each scan that could not be scored.
       trained_on: names of the scans that trained the model.
       digests: of each scan by name, what `over_seeds` knows it by.
     """
     workdir = as_path(workdir)
-    protocols = list(dict.fromkeys(case.protocol for case in cases))
+    protocols = scored_protocols(make_system(config), {case.protocol for case in cases})
     classifier, prompt = summarise_guidance(guidance)
     return {
         "evaluate": json.loads(config.evaluate.to_json()),

@@ -88,6 +88,7 @@ TESTED = {
     },
     "test_optim.py": {
         "test_the_learning_rate_is_the_length_of_a_step": ("train.learning_rate",),
+        "test_sgd_is_nnunets": ("train.optimiser",),
         "test_schedules": ("train.schedule", "train.warmup_steps"),
         "test_decay_spares_biases_and_tables": ("train.weight_decay",),
         "test_clipping_bounds_the_norm_of_all_gradients_together": ("train.clip_norm",),
@@ -125,6 +126,24 @@ TESTED = {
             "mesh.fsdp",
             "mesh.shard_frozen",
             "train.accumulate",
+        ),
+    },
+    "test_systems.py": {
+        "test_every_system_has_a_config_and_a_name": ("model.system",),
+        "test_widths_and_variant_shape_the_networks": ("model.widths", "model.transunet"),
+        "test_points_prompt_training_and_scoring": (
+            "model.prompt",
+            "train.points",
+            "evaluate.points",
+        ),
+        "test_negatives_have_empty_masks_and_unknown_labels_no_say": ("loss.negatives",),
+        "test_augmentation_is_the_one_named": ("train.augmentation",),
+        "test_multimix_adds_up_and_says_whose_labels_count": (
+            "multimix.image_labels",
+            "multimix.confidence",
+            "multimix.unsupervised",
+            "multimix.kl",
+            "multimix.kl_form",
         ),
     },
     "test_train.py": {

@@ -6,6 +6,7 @@ loss alone; validation, evaluation and prediction know `predict` alone.
 
 import abc
 import dataclasses
+from collections.abc import Collection
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -143,7 +144,7 @@ class System(abc.ABC):
         """
 
 
-def scored_protocols(system: System, asked: tuple[str, ...]) -> tuple[str, ...]:
+def scored_protocols(system: System, asked: Collection[str]) -> tuple[str, ...]:
     """Those asked for under which the system can be scored, its headline first.
 
     Raises:
