@@ -22,6 +22,7 @@ from sammix_jax.inference import load_model, make_predict
 from sammix_jax.losses import bce_loss, cross_entropy, dice_loss
 from sammix_jax.models.baselines.prompted_sam import points_inside
 from sammix_jax.models.baselines.unet import UNet
+from sammix_jax.models.sam.variants import VARIANTS
 from sammix_jax.predict import predict
 from sammix_jax.prepare import prepare
 from sammix_jax.preprocess import move
@@ -476,8 +477,10 @@ def test_a_segmenter_runs_from_scans_to_a_mask(tmp_path):
     assert made.mask.exists()
 
 
-def test_weights_are_scored_as_they_are_loaded(tmp_path):
+@pytest.mark.slow
+def test_weights_are_scored_as_they_are_loaded(tmp_path, monkeypatch):
     """No epochs and no steps: SAM-PP-0. What a model would be prompted with is not predicted."""
+    monkeypatch.setitem(VARIANTS, "mini", TINY)
     name = "prompted_sam_points"
     config = run_config(name, **{"model.lora_rank": 0})
     optimiser = optax.identity()
