@@ -30,7 +30,7 @@ from sammix_jax import evaluate, prepare, results, train
 from sammix_jax.config import check_workdir
 from sammix_jax.data import phantom
 from sammix_jax.errors import UserError
-from sammix_jax.sam_mix import PROTOCOLS
+from sammix_jax.systems.system import PROTOCOLS
 
 DOMAINS = ("portal", "unenhanced")
 SECOND_SCANS, SECOND_SEED = 6, 1

@@ -40,8 +40,8 @@ def jax_step(side: int, threads: int):
 
     from configs import lits
     from sammix_jax.optim import make_optimiser
-    from sammix_jax.sam_mix import sam_mix
     from sammix_jax.sharding import batch_layout, make_mesh, replicated
+    from sammix_jax.systems.sam_mix import SamMixSystem
     from sammix_jax.train_step import jit_train_step, make_init
 
     config = lits.get_config("standard")
@@ -49,10 +49,10 @@ def jax_step(side: int, threads: int):
     config.train.batch_labelled, config.train.batch_unlabelled = LABELLED, UNLABELLED
     mesh = make_mesh()
     layout, sharding = batch_layout(config.train, mesh), replicated(mesh)
-    model, optimiser = sam_mix(config), make_optimiser(config.train, steps=1)
-    state = jax.jit(make_init(model, optimiser, config), out_shardings=sharding)()
+    system, optimiser = SamMixSystem.of(config), make_optimiser(config.train, steps=1)
+    state = jax.jit(make_init(system, optimiser, config), out_shardings=sharding)()
     jax.block_until_ready(state)
-    train_step = jit_train_step(model, optimiser, config, layout, mesh, sharding)
+    train_step = jit_train_step(system, optimiser, config, layout, mesh, sharding)
 
     def step(batch):
         nonlocal state

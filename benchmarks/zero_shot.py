@@ -1,12 +1,13 @@
 """How well a SAM answers one box or one point on images of a kind that it was not trained on.
 
     python -m benchmarks.zero_shot --weights=weights/sam_mini.safetensors
-    python -m benchmarks.zero_shot --weights=… --scans=DIR --organs liver spleen    (TotalSegmentator)
+    python -m benchmarks.zero_shot --weights=… --scans=DIR --organs liver spleen
 
-Prompts are drawn from the true mask: its tight box, or its deepest pixel. Of the three masks the one
-is taken that the model itself thinks best. IoU on the slice's own grid, `SIDE` squared, of every
-slice where the organ has `LEAST_PIXELS` there; the mean over slices, and over each scan's mean its
-standard deviation.
+DIR holds scans as TotalSegmentator has them; without it, phantoms and held-out scenes are made.
+Prompts are drawn from the true mask: its tight box, or its deepest pixel. Of the three masks the
+one is taken that the model itself thinks best. IoU on the grid of the model's input, of every slice
+where the organ has `LEAST_PIXELS` there: the mean over slices, ± the standard deviation of the
+scans' means.
 """
 
 import argparse

@@ -63,6 +63,8 @@ def default_config() -> ml_collections.ConfigDict:
     #                              SAM's mean and standard deviation
 
     config.model = model = ml_collections.ConfigDict()
+    model.system = "sam_mix"  # what is trained; or one it is compared with: unet, nnunet, multimix,
+    #                           transunet, prompted_sam
     model.sam = "vit_b"  # mini, vit_b, vit_l, vit_h (L)
     model.image_size = 1024  # side of SAM's input, pixels (L)
     model.lora_rank = 8  # (S)
@@ -73,6 +75,9 @@ def default_config() -> ml_collections.ConfigDict:
     model.mask_choice = "argmax_iou"  # of three (F/G); "index" takes one of the three, "single"
     #                                   SAM's single-mask token
     model.mask_index = 0  # which of the three "index" takes
+    model.prompt = "none"  # of prompted_sam: "points" of the true mask, in training and scoring
+    model.widths = ()  # channels of each level of unet, nnunet, multimix; () takes the published
+    model.transunet = "r50_vit_b16"  # or "mini"
     model.sam_weights = ""  # file of python -m convert.sam; "" starts from random values
     model.classifier_weights = ""  # file of python -m convert.classifier; "" as above
     model.dtype = "float32"  # compute dtype of SAM and the classifier; parameters stay float32
@@ -98,6 +103,8 @@ def default_config() -> ml_collections.ConfigDict:
     loss.dice_smooth = 1.0  # (L)
     loss.bce = 0.0  # weight of cross-entropy beside Dice
     loss.iou = 0.0  # weight of the IoU head's regression
+    loss.negatives = False  # slices known not to show the organ train masks, which are empty; for
+    #                         systems that have no classifier to learn it
 
     config.train = train = ml_collections.ConfigDict()
     # What is trained, by regular expressions on parameter paths; the rest is frozen (L).
@@ -112,14 +119,17 @@ def default_config() -> ml_collections.ConfigDict:
     train.batch_labelled = 1  # slices that train both tasks (L: batch 1)
     train.batch_unlabelled = 1  # slices that train the classifier alone
     train.accumulate = 1  # parts of a batch that go one after another; BatchNorm sees one at a time
+    train.optimiser = "adam"  # (L); "sgd" with Nesterov momentum 0.99, as nnU-Net
     train.learning_rate = 1e-4  # (L)
     train.box = "cam"  # box that prompts the decoder in training (S); "gt" is the true mask's
     train.classifier_warmup_steps = 0  # steps in which only the classifier learns
-    train.schedule = "constant"  # (L); "cosine" decays to zero
+    train.schedule = "constant"  # (L); "cosine" decays to zero, "poly" by the power 0.9 (nnU-Net)
     train.warmup_steps = 0
     train.weight_decay = 0.0
     train.clip_norm = 0.0  # global gradient norm; 0 does not clip
     train.augment = False  # random affine and intensity changes on the device
+    train.augmentation = "standard"  # which; "nnunet" is stronger and mirrors
+    train.points = 1  # that prompt prompted_sam in training
 
     # Not in the paper, and off: a teacher, the moving average of the trained parameters, segments
     # weak views of slices without masks, and the model learns its confident pixels on strong ones.
@@ -137,6 +147,14 @@ def default_config() -> ml_collections.ConfigDict:
     pretrain.rounds = 2  # of prompts: the first and then corrections
     pretrain.held_out = 128  # scenes to validate on
 
+    # Of the system multimix; the values of its authors' code.
+    config.multimix = multimix = ml_collections.ConfigDict()
+    multimix.image_labels = "all"  # that train its classifier; "labelled" of slices with masks only
+    multimix.confidence = 0.7  # of its classifier, from which its own answer is a label
+    multimix.unsupervised = 0.25  # weight of these labels' loss
+    multimix.kl = 0.01  # weight of the divergence between masks of labelled and other slices
+    multimix.kl_form = "published"  # which is 0 whatever the masks; "bernoulli" is what it meant
+
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.part = "test"  # train, val or test
     evaluate.root = ""  # evaluate every labelled scan of this folder instead
@@ -144,6 +162,7 @@ def default_config() -> ml_collections.ConfigDict:
     evaluate.scans = 0  # how many of them that show the organ, drawn by seed (S: 20); 0 takes all
     evaluate.seed = 0
     evaluate.protocols = ("cam", "gt_box", "none")
+    evaluate.points = 1  # of the true mask that prompt under gt_points
     evaluate.gate = True  # slices that the classifier calls negative get an empty mask
     evaluate.nsd_tolerance = 2.0  # mm by which a surface may be off and still count
     evaluate.batch = 8

@@ -1,5 +1,6 @@
 """What each config field may be. Checked before any work, so that a typing error costs nothing."""
 
+from sammix_jax.augment import AUGMENTATIONS
 from sammix_jax.cam import COMPONENTS, METHODS
 from sammix_jax.data import paper
 from sammix_jax.data.geometry import RESIZES
@@ -7,20 +8,31 @@ from sammix_jax.data.paths import as_path
 from sammix_jax.data.phantom import DOMAINS
 from sammix_jax.data.splits import PARTS
 from sammix_jax.errors import UserError
+from sammix_jax.models.baselines.prompted_sam import PROMPTS
+from sammix_jax.models.baselines.transunet import VARIANTS as TRANSUNETS
 from sammix_jax.models.lora import THIRDS
 from sammix_jax.models.remat import POLICIES
 from sammix_jax.models.resnet import OUTPUT_STRIDES, STAGES
+from sammix_jax.models.sam.choice import MASK_CHOICES
 from sammix_jax.models.sam.variants import VARIANTS
+from sammix_jax.multimix_loss import KL_FORMS
 from sammix_jax.objective import CLASSIFICATION_LOSSES
-from sammix_jax.optim import SCHEDULES
+from sammix_jax.optim import OPTIMISERS, SCHEDULES
 from sammix_jax.preprocess import NORMALISATIONS, SCALINGS
-from sammix_jax.sam_mix import BOX_SOURCES, DTYPES, FUSIONS, MASK_CHOICES, PROTOCOLS
+from sammix_jax.sam_mix import BOX_SOURCES, DTYPES, FUSIONS
+from sammix_jax.systems.multimix import IMAGE_LABELS
+from sammix_jax.systems.named import SYSTEMS
+from sammix_jax.systems.rules import system_rules
+from sammix_jax.systems.system import PROTOCOLS
 
 CHOICES = {
     "data.resize": RESIZES,
     "data.phantom.domain": tuple(DOMAINS),
     "input.scaling": SCALINGS,
     "input.normalise": NORMALISATIONS,
+    "model.system": tuple(SYSTEMS),
+    "model.prompt": PROMPTS,
+    "model.transunet": tuple(TRANSUNETS),
     "model.sam": tuple(VARIANTS),
     "model.classifier": tuple(OUTPUT_STRIDES),
     "model.mask_choice": MASK_CHOICES,
@@ -31,7 +43,11 @@ CHOICES = {
     "cam.fusion": FUSIONS,
     "loss.classifier": tuple(CLASSIFICATION_LOSSES),
     "train.box": BOX_SOURCES,
+    "train.optimiser": OPTIMISERS,
     "train.schedule": SCHEDULES,
+    "train.augmentation": tuple(AUGMENTATIONS),
+    "multimix.image_labels": IMAGE_LABELS,
+    "multimix.kl_form": KL_FORMS,
     "evaluate.part": PARTS,
 }
 SUBSETS = {"model.lora_targets": tuple(THIRDS), "evaluate.protocols": PROTOCOLS}
@@ -52,6 +68,8 @@ AT_LEAST = {
     "train.batch_unlabelled": 0,
     "train.accumulate": 1,
     "train.learning_rate": 0,
+    "train.epochs": 0,
+    "train.points": 1,
     "train.weight_decay": 0,
     "train.clip_norm": 0,
     "loss.classification": 0,
@@ -66,6 +84,10 @@ AT_LEAST = {
     "pretrain.prompts": 2,
     "pretrain.rounds": 1,
     "pretrain.held_out": 1,
+    "multimix.confidence": 0,
+    "multimix.unsupervised": 0,
+    "multimix.kl": 0,
+    "evaluate.points": 1,
     "evaluate.scans": 0,
     "evaluate.seed": 0,
     "evaluate.nsd_tolerance": 0,
@@ -159,7 +181,11 @@ def check_config(config) -> None:
     expect("model.mask_index", config.model.mask_index < 3, "0, 1 or 2")
     expect("consistency.ema", 0 <= config.consistency.ema < 1, "0 to below 1")
     expect("consistency.confidence", 0.5 <= config.consistency.confidence < 1, "0.5 to below 1")
-    expect("train.epochs", config.train.epochs > 0 or config.train.steps > 0, "above 0")
+    expect(
+        "train.epochs",
+        config.train.epochs > 0 or config.train.steps > 0 or bool(config.model.sam_weights),
+        "above 0; with train.steps=0 too nothing is trained, and that wants model.sam_weights",
+    )
     if config.model.classifier in OUTPUT_STRIDES:
         strides = OUTPUT_STRIDES[config.model.classifier]
         expect(
@@ -174,6 +200,9 @@ def check_config(config) -> None:
             config.model.image_size % patch == 0,
             f"a multiple of {patch}, the patch of model.sam={config.model.sam}",
         )
+    if config.model.system in SYSTEMS:
+        for field, sound, expected in system_rules(config):
+            expect(field, sound, f"{expected} for model.system={config.model.system}")
     if faults:
         raise UserError("config: " + "; ".join(faults) + ".")
 

@@ -15,8 +15,9 @@ from sammix_jax.errors import UserError
 from sammix_jax.inference import VolumePrediction, load_model, make_predict, predict_volume
 from sammix_jax.prepare import kept_slices, store_folder
 from sammix_jax.results import collect, results_folder, write_results
-from sammix_jax.sam_mix import PROTOCOLS
 from sammix_jax.scores import Case, LabelledScan, score_guidance, score_scan
+from sammix_jax.systems.named import make_system
+from sammix_jax.systems.system import scored_protocols
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,8 +29,10 @@ class Example:
     Attributes:
       case: the scan's scores under the first protocol.
       slice: which of the scan's slices this is.
-      hu, truth, predicted, cam: (H, W) int16, bool, bool, and float in [0, 1].
-      box, true_box: (4,) XYXY in pixels; no true box where no slice shows the organ.
+      hu, truth, predicted, cam: (H, W) int16, bool, bool, and float in [0, 1]; no CAM where the
+        system has none.
+      box, true_box: (4,) XYXY in pixels; no box without a CAM, no true box where no slice shows the
+        organ.
     """
 
     case: Case
@@ -37,8 +40,8 @@ class Example:
     hu: np.ndarray
     truth: np.ndarray
     predicted: np.ndarray
-    cam: np.ndarray
-    box: np.ndarray
+    cam: np.ndarray | None
+    box: np.ndarray | None
     true_box: np.ndarray | None
 
 
@@ -47,7 +50,7 @@ class Evaluation:
     """What was found.
 
     Attributes:
-      cases: of every scan under every protocol, `cam` first.
+      cases: of every scan under every protocol, the headline first.
       results: the content of results.json.
       examples: one a scan.
     """
@@ -81,10 +84,10 @@ def evaluate(config, workdir) -> Evaluation:
       UserError: no labelled scans, none that can be read, or no checkpoint.
       IncompleteEvaluation: some bad scans, once all others are scored and written.
     """
-    protocols = tuple(p for p in PROTOCOLS if p in config.evaluate.protocols)
+    protocols = scored_protocols(make_system(config), config.evaluate.protocols)
     scans, faults = _scans(config, workdir)
-    model, variables = load_model(config, workdir)
-    predict = make_predict(model, config, protocols)
+    system, variables = load_model(config, workdir)
+    predict = make_predict(system, config, protocols)
     trained = training_scans(config, workdir)
     if trained.hdf5 != hdf5.is_hdf5(scans[0].image):  # a folder holds scans of one kind
         kinds = ("HDF5", "NIfTI") if trained.hdf5 else ("NIfTI", "HDF5")
@@ -238,7 +241,7 @@ def _example(case: Case, prediction: VolumePrediction) -> Example:
         hu=prediction.hu[z],
         truth=squares[z],
         predicted=slices.logits[case.protocol][z] > 0,
-        cam=slices.cam[z],
-        box=slices.box[z],
+        cam=None if slices.cam is None else slices.cam[z],
+        box=None if slices.box is None else slices.box[z],
         true_box=None if absent else true_box,
     )

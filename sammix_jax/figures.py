@@ -40,24 +40,29 @@ def case(
     hu: np.ndarray,
     truth: np.ndarray,
     predicted: np.ndarray,
-    cam: np.ndarray,
-    box: np.ndarray,
+    cam: np.ndarray | None,
+    box: np.ndarray | None,
     true_box: np.ndarray | None,
     window: tuple[float, float],
 ) -> Figure:
-    """One slice: contours of truth and prediction above, the CAM and the boxes below.
+    """One slice: contours of truth and prediction above; the CAM and the boxes below, if any.
 
     Args:
-      hu, truth, predicted, cam: (H, W) int16, bool, bool, and float in [0, 1].
-      box: (4,) XYXY in pixels, of the CAM.
+      hu, truth, predicted, cam: (H, W) int16, bool, bool, and float in [0, 1]; None where the
+        system has no CAM.
+      box: (4,) XYXY in pixels, of the CAM; None without one.
       true_box: the same of the truth, dashed; None where there is none.
       window: HU shown as black and as white.
     """
-    figure = Figure(figsize=(3.6, 7.2), layout="constrained", facecolor="black")
-    above, below = figure.subplots(2, 1)
+    panels = 1 if cam is None else 2
+    figure = Figure(figsize=(3.6, 3.6 * panels), layout="constrained", facecolor="black")
+    above, *others = figure.subplots(panels, 1, squeeze=False)[:, 0]
     _show(above, hu, window)
     _contour(above, truth, TRUTH)
     _contour(above, predicted, PREDICTION)
+    if not others:
+        return figure
+    (below,) = others
     _show(below, hu, window)
     below.imshow(cam, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
     _rectangle(below, box, BOX, "-")

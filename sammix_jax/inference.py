@@ -4,12 +4,10 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
 from sammix_jax import hosts
-from sammix_jax.cam import mask_to_box
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.paths import as_path
@@ -17,63 +15,28 @@ from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
 from sammix_jax.preprocess import scale_slices
-from sammix_jax.sam_mix import POSITIVE, SamMix, sam_mix
 from sammix_jax.sharding import along_batch, make_mesh, state_sharding
+from sammix_jax.systems.named import make_system
+from sammix_jax.systems.system import SlicePredictions, System
 from sammix_jax.train_step import make_init
 
-# Logit of a pixel that is ruled out whole: far below 0, finite, so that resizing stays sound.
-OUTSIDE = -20.0
 
-
-class SlicePredictions(NamedTuple):
-    """Predictions for N slices, on the store's grid.
-
-    Attributes:
-      organ_probability: (N,) float32, the classifier's probability that the slice shows the organ.
-      cam: (N, H, W) float32 in [0, 1].
-      box: (N, 4) float32 XYXY, the CAM's box; the central box where the CAM is empty.
-      empty: (N,) bool, whether the CAM is empty.
-      logits: protocol → (N, H, W) float32; above 0 is inside the organ.
-    """
-
-    organ_probability: np.ndarray
-    cam: np.ndarray
-    box: np.ndarray
-    empty: np.ndarray
-    logits: dict[str, np.ndarray]
-
-
-def make_predict(model: SamMix, config, protocols: tuple[str, ...], gate: bool | None = None):
+def make_predict(system: System, config, protocols: tuple[str, ...], gate: bool | None = None):
     """Returns the jitted `predict(variables, hu, truth) -> SlicePredictions` for one batch.
 
-    `truth` is read by the protocol `gt_box` alone, and is None without it. `gate` says whether
-    slices that the classifier calls negative get an empty mask; None takes `evaluate.gate`.
+    `truth` is read by `system.ORACLES` alone, and is None without them. `gate` says whether slices
+    that the classifier calls negative get an empty mask; None takes `evaluate.gate`.
+
+    Raises:
+      ValueError: protocols that the system does not have.
     """
     gated = config.evaluate.gate if gate is None else gate
+    if unknown := set(protocols) - set(system.protocols):
+        raise ValueError(f"protocols {sorted(unknown)}: expected some of {system.protocols}.")
 
     def predict(variables: dict, hu: jax.Array, truth: jax.Array | None) -> SlicePredictions:
         images = scale_slices(hu, config.input)  # (B, H, W)
-        size = images.shape[1:]
-        model_ = model.bind(variables)
-        class_logits, features = model_.classify(images)
-        prompt = model_.prompt(images, features)
-        embeddings = model_.encode(images)
-        organ_probability = jax.nn.softmax(class_logits.astype(jnp.float32))[:, POSITIVE]
-        negative = (organ_probability < 0.5) & gated
-        logits = {}
-        for protocol in protocols:
-            if protocol == "cam":
-                box = prompt.box if config.cam.box else None
-                mask = model_.segment(embeddings, size, prompt, box).logits
-                outside = negative
-            elif protocol == "gt_box":
-                box, outside = mask_to_box(truth)
-                mask = model_.segment(embeddings, size, prompt, box).logits
-            else:
-                mask = model_.segment(embeddings, size, None, None).logits
-                outside = negative
-            logits[protocol] = jnp.where(outside[:, None, None], OUTSIDE, mask)
-        return SlicePredictions(organ_probability, prompt.cam, prompt.box, prompt.empty, logits)
+        return system.predict(variables, images, truth, protocols, gated)
 
     return jax.jit(predict)
 
@@ -90,7 +53,7 @@ def predict_slices(
       predict: from `make_predict`.
       variables: the model's parameters and batch statistics.
       hu: (N, H, W) int16.
-      truth: (N, H, W) bool for the protocol `gt_box`, else None.
+      truth: (N, H, W) bool for `ORACLES` among the protocols, else None.
       batch: slices at a time.
     """
     sharding = jax.tree.leaves(variables)[0].sharding
@@ -136,7 +99,7 @@ def predict_volume(
       predict: from `make_predict`.
       variables: the model's parameters and batch statistics.
       volume: the scan, D slices of (H, W).
-      truth: (D, H, W) bool for the protocol `gt_box`, else None.
+      truth: (D, H, W) bool for `ORACLES` among the protocols, else None.
       config: the run's config.
     """
     geometry = slice_geometry(
@@ -152,8 +115,8 @@ def predict_volume(
     return VolumePrediction(masks, slices, hu, squares)
 
 
-def load_model(config, workdir) -> tuple[SamMix, dict]:
-    """The trained model of a workdir and its variables, the best by validation.
+def load_model(config, workdir) -> tuple[System, dict]:
+    """The trained system of a workdir and its variables, the best by validation.
 
     Raises:
       UserError: the workdir has no checkpoint, or one whose weights were trained on other input.
@@ -161,12 +124,12 @@ def load_model(config, workdir) -> tuple[SamMix, dict]:
     folder = as_path(workdir) / "checkpoints"
     if not folder.exists():
         raise UserError(f"{folder}: no checkpoint there; train the workdir first.")
-    model = sam_mix(config)
-    shapes = jax.eval_shape(make_init(model, make_optimiser(config.train, steps=1), config))
+    system = make_system(config)
+    shapes = jax.eval_shape(make_init(system, make_optimiser(config.train, steps=1), config))
     # There may be fewer devices than trained it.
     mesh = make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
     like = abstract(shapes, state_sharding(shapes, mesh, config.mesh.shard_frozen))
     with Checkpoints(workdir) as checkpoints:
         checkpoints.check_preprocessing(config)
         state = checkpoints.restore_best(like)
-    return model, state.variables
+    return system, state.variables

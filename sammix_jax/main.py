@@ -24,6 +24,8 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import kept_split
 from sammix_jax.errors import UserError
 from sammix_jax.pretrain.run import pretrain
+from sammix_jax.systems.named import make_system
+from sammix_jax.systems.system import ORACLES
 from sammix_jax.tables import result_table
 
 MODES = {
@@ -208,6 +210,8 @@ def _train(config, workdir: pathlib.Path) -> None:
     else:
         print(f"\n{workdir} is trained and evaluated; its result:\n")
         _print_results(config, workdir, found)
+    if make_system(config).headline in ORACLES:
+        return  # there is no segmenting without the truth
     prediction = workdir / "prediction.nii.gz"
     if found is None or not prediction.exists():
         predict.predict(config, workdir, _example_scan(config, store, workdir), prediction)

@@ -10,7 +10,11 @@ CLASSIFICATION_LOSSES = {"cross_entropy": losses.cross_entropy, "focal": losses.
 
 
 def mask_loss(
-    logits: jax.Array, target: jax.Array, weights, valid: jax.Array | None = None
+    logits: jax.Array,
+    target: jax.Array,
+    weights,
+    valid: jax.Array | None = None,
+    counted: jax.Array | None = None,
 ) -> jax.Array:
     """Dice, and cross-entropy beside it where `weights` (`config.loss`) has it.
 
@@ -18,10 +22,11 @@ def mask_loss(
       logits, target: (N, H, W).
       weights: `config.loss`.
       valid: (N, H, W) bool, pixels that count; None counts all.
+      counted: (N,) float, by how much each slice counts; None counts all alike.
     """
-    loss = losses.dice_loss(logits, target, smooth=weights.dice_smooth, valid=valid)
+    loss = losses.dice_loss(logits, target, weights.dice_smooth, counted, valid)
     if weights.bce:
-        loss += weights.bce * losses.bce_loss(logits, target, valid=valid)
+        loss += weights.bce * losses.bce_loss(logits, target, counted, valid)
     return loss
 
 

@@ -7,7 +7,10 @@ from flax import traverse_util
 
 from sammix_jax.errors import UserError
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "poly")
+OPTIMISERS = ("adam", "sgd")
+# nnU-Net's (Isensee et al. 2021, Nature Methods 18).
+MOMENTUM, POWER = 0.99, 0.9
 
 
 def split_params(params: dict, patterns: tuple[str, ...]) -> tuple[dict, dict]:
@@ -45,7 +48,8 @@ def merge_params(trainable: dict, frozen: dict) -> dict:
 
 
 def make_optimiser(config, steps: int) -> optax.GradientTransformation:
-    """Adam, with decoupled weight decay on kernels where asked for.
+    """Adam with decoupled weight decay, or SGD with Nesterov momentum, whose decay is a part of the
+    gradient; on kernels, where asked for.
 
     Args:
       config: the `train` section.
@@ -56,16 +60,18 @@ def make_optimiser(config, steps: int) -> optax.GradientTransformation:
             0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
         )
     else:
-        rate = optax.join_schedules(
-            [
-                optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1)),
-                optax.constant_schedule(config.learning_rate),
-            ],
-            [config.warmup_steps],
-        )
+        after = optax.constant_schedule(config.learning_rate)
+        if config.schedule == "poly":
+            left = max(steps - config.warmup_steps, 1)
+            after = optax.polynomial_schedule(config.learning_rate, 0.0, POWER, left)
+        rise = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
+        rate = optax.join_schedules([rise, after], [config.warmup_steps])
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    decay = optax.adamw(rate, weight_decay=config.weight_decay, mask=_is_decayed)
-    return optax.chain(clip, decay)
+    if config.optimiser == "sgd":
+        decay = optax.add_decayed_weights(config.weight_decay, mask=_is_decayed)
+        return optax.chain(clip, decay, optax.sgd(rate, momentum=MOMENTUM, nesterov=True))
+    adam = optax.adamw(rate, weight_decay=config.weight_decay, mask=_is_decayed)
+    return optax.chain(clip, adam)
 
 
 def _is_decayed(params: dict) -> dict:

@@ -1,7 +1,13 @@
 """The frame of the report's page: its words and its looks, for `str.format`."""
 
+# What is said only of a system that has a CAM.
+PROMPT_NOTE = " An empty CAM prompts with the central box, which counts in the IoU."
+CAM_NOTE = """ Below: the class activation map,
+<span class="key" style="color:{box}"></span>its box,
+<span class="key" style="color:{truth};border-top-style:dashed"></span>the true box."""
+
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>SAM-Mix: {organ}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{system}: {organ}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root {{ color-scheme: light dark; --ink: #1c2024; --soft: #60646c; --line: #8883;
@@ -47,7 +53,7 @@ details {{ margin: 1rem 0 }} summary {{ cursor: pointer }}
   td::before {{ content: attr(data-column); color: var(--soft); text-align: left }}
 }}
 </style></head><body>
-<h1>SAM-Mix: {organ}</h1>
+<h1>{system}: {organ}</h1>
 <p class="soft">{about}</p>
 {warnings}
 <div class="tiles">{tiles}</div>
@@ -74,15 +80,12 @@ its boxes come from at evaluation; related code of its authors takes them from t
 <h2>Classifier and prompt</h2>
 {guidance}
 <p>Pooled over the slices of all scans; a slice shows the organ where the mask has a pixel of it on
-the scan's own grid. An empty CAM prompts with the central box, which counts in the IoU. False
-positives lie on slices that do not show the organ.</p>
+the scan's own grid.{prompt_note} False positives lie on slices that do not show the organ.</p>
 
 <h2>Cases</h2>
 <p>Under the protocol <b>{protocol}</b>, the slice that shows most of the organ. Above: <span
 class="key" style="color:{truth}"></span>truth, <span class="key" style="color:{prediction}"></span>
-prediction. Below: the class activation map, <span class="key" style="color:{box}"></span>its box,
-<span class="key" style="color:{truth};border-top-style:dashed"></span>the true box. A picture of
-every scan lies beside this page.</p>
+prediction.{cam_note} A picture of every scan lies beside this page.</p>
 <div class="figures">{cases}</div>
 <details><summary>Every scan</summary>{every_case}</details>
 

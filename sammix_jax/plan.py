@@ -18,8 +18,9 @@ from sammix_jax.errors import UserError
 from sammix_jax.flops import count_flops
 from sammix_jax.inference import make_predict
 from sammix_jax.optim import make_optimiser
-from sammix_jax.sam_mix import sam_mix
 from sammix_jax.sharding import along_batch, batch_layout, make_mesh, rows_sharding, state_sharding
+from sammix_jax.systems.named import make_system
+from sammix_jax.systems.system import ORACLES
 from sammix_jax.train_step import jit_train_step, make_init
 
 GIB = 2**30
@@ -124,7 +125,7 @@ def plan_train(config, target: Target) -> StepPlan:
     """Compiles the train step; see `plan`."""
     mesh = make_mesh(config.mesh.fsdp, target.devices)
     layout = batch_layout(config.train, mesh)
-    model, state, placed = _state(config, mesh)
+    system, state, placed = _state(config, mesh)
     side = config.data.size
     rows = rows_sharding(layout, mesh)
     batch = {
@@ -132,20 +133,24 @@ def plan_train(config, target: Target) -> StepPlan:
         "mask": jax.ShapeDtypeStruct((layout.labelled, side, side), np.uint8, sharding=rows),
         "image_label": jax.ShapeDtypeStruct((layout.size,), np.int32, sharding=rows),
     }
-    step = jit_train_step(model, _optimiser(config), config, layout, mesh, placed)
+    step = jit_train_step(system, _optimiser(config), config, layout, mesh, placed)
     return _step_plan("train", layout.size, step, (state, batch), _parts(state))
 
 
 def plan_predict(config, target: Target) -> StepPlan:
     """Compiles the predict step; see `plan`."""
     mesh = make_mesh(config.mesh.fsdp, target.devices)
-    model, state, _ = _state(config, mesh)
+    system, state, _ = _state(config, mesh)
     count, side = config.evaluate.batch, config.data.size
-    hu = jax.ShapeDtypeStruct((count, side, side), np.int16, sharding=along_batch(mesh, count))
-    predict = make_predict(model, config, ("cam",), gate=True)
+    placed = along_batch(mesh, count)
+    hu = jax.ShapeDtypeStruct((count, side, side), np.int16, sharding=placed)
+    truth = None
+    if system.headline in ORACLES:
+        truth = jax.ShapeDtypeStruct(hu.shape, np.bool_, sharding=placed)
+    predict = make_predict(system, config, (system.headline,), gate=True)
     parts = _parts(state)
     parts = {name: parts[name] for name in ("trained parameters", "frozen parameters")}
-    return _step_plan("predict", count, predict, (state.variables, hu, None), parts)
+    return _step_plan("predict", count, predict, (state.variables, hu, truth), parts)
 
 
 def _optimiser(config):
@@ -153,11 +158,11 @@ def _optimiser(config):
 
 
 def _state(config, mesh: Mesh):
-    """The model, the shapes of its training state where they lie, and where that is."""
-    model = sam_mix(config)
-    shapes = jax.eval_shape(make_init(model, _optimiser(config), config))
+    """The system, the shapes of its training state where they lie, and where that is."""
+    system = make_system(config)
+    shapes = jax.eval_shape(make_init(system, _optimiser(config), config))
     placed = state_sharding(shapes, mesh, config.mesh.shard_frozen)
-    return model, abstract(shapes, placed), placed
+    return system, abstract(shapes, placed), placed
 
 
 def _parts(state) -> dict[str, int]:

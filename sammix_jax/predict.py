@@ -10,6 +10,7 @@ from sammix_jax.data import volumes
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model, make_predict, predict_volume
+from sammix_jax.systems.system import ORACLES
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,12 +40,17 @@ def predict(config, workdir, source, target) -> list[Prediction]:
       One prediction a scan. Beside each mask lies an overlay, `NAME_overlay.png`.
 
     Raises:
-      UserError: nothing to predict, or a target that would overwrite a scan; bad scans, once all
-        others are predicted.
+      UserError: nothing to predict, or a target that would overwrite a scan; a system that needs
+        the truth to be prompted; bad scans, once all others are predicted.
     """
     pairs = _pairs(as_path(source), as_path(target))
-    model, variables = load_model(config, workdir)
-    step = make_predict(model, config, ("cam",))
+    system, variables = load_model(config, workdir)
+    if system.headline in ORACLES:
+        raise UserError(
+            f"model.prompt={config.model.prompt}: this model was trained to be prompted by the "
+            "true mask, so it cannot segment a scan without one; score it with --mode=evaluate."
+        )
+    step = make_predict(system, config, (system.headline,))
     predictions, faults = [], []
     for scan, mask_path in pairs:
         try:
@@ -64,7 +70,7 @@ def predict(config, workdir, source, target) -> list[Prediction]:
 
 def _predict_scan(step, variables, config, scan: Path, mask_path) -> Prediction:
     volume = volumes.read_volume(scan)
-    mask = predict_volume(step, variables, volume, None, config).masks["cam"]
+    (mask,) = predict_volume(step, variables, volume, None, config).masks.values()
     volumes.write_mask(mask_path, mask, volume)
     overlay = mask_path.with_name(f"{volumes.stem(mask_path)}_overlay.png")
     figures.save(figures.overlay(volume, mask, config.input.window), overlay)

@@ -8,20 +8,30 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from sammix_jax import figures, hosts
+from sammix_jax import figures, hosts, page
 from sammix_jax.data.files import read_json, whole_file
 from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.splits import LABELS, PARTS, SPLIT
 from sammix_jax.evaluate import Evaluation, Example
-from sammix_jax.page import PAGE
 from sammix_jax.scores import Case
+from sammix_jax.systems.named import make_system
+from sammix_jax.systems.system import ORACLES
 from sammix_jax.tables import Rows, paper_rows, text, volume_rows
 from sammix_jax.train_log import read_log
 
+SYSTEM_NAMES = {
+    "sam_mix": "SAM-Mix",
+    "unet": "U-Net",
+    "nnunet": "nnU-Net",
+    "multimix": "MultiMix",
+    "transunet": "TransU-Net",
+    "prompted_sam": "SAM",
+}
 PROTOCOL_NOTES = {
     "cam": "automatic: nothing but the image goes in (the headline)",
     "gt_box": "oracle: prompted with the box of the true mask, an upper bound",
-    "none": "no prompt: neither CAM box nor CAM fusion",
+    "none": "automatic: nothing but the image goes in, and no prompt is made of it",
+    "gt_points": "oracle: prompted with points inside the true mask",
 }
 
 
@@ -54,10 +64,14 @@ def write_report(folder, evaluation: Evaluation, config, workdir) -> Path:
 def _page(evaluation: Evaluation, config, workdir: Path) -> str:
     results = evaluation.results
     first = evaluation.cases[0].protocol
-    return PAGE.format(
+    cam_note = page.CAM_NOTE.format(box=figures.BOX, truth=figures.TRUTH)
+    return page.PAGE.format(
+        system=SYSTEM_NAMES[config.model.system],
         organ=html.escape(config.data.organ),
         about=html.escape(_about(results)),
-        warnings="".join(f'<p class="warning">{html.escape(w)}</p>' for w in _warnings(results)),
+        warnings="".join(
+            f'<p class="warning">{html.escape(w)}</p>' for w in _warnings(results, config)
+        ),
         protocol=first,
         tiles=_tiles(results["summary"][first]),
         volumes=_protocol_table(volume_rows(results)),
@@ -71,12 +85,13 @@ def _page(evaluation: Evaluation, config, workdir: Path) -> str:
         or "<p>The workdir has no learning curves.</p>",
         cases="".join(_figure(name, e, config) for name, e in _chosen(evaluation.examples)),
         every_case=_table(_case_rows(evaluation.cases), kind="scores"),
-        gate="on" if config.evaluate.gate else "off",
+        gate=_gate(results),
+        prompt_note=page.PROMPT_NOTE if results["prompt"] else "",
+        cam_note=cam_note if results["prompt"] else "",
         tolerance=f"{config.evaluate.nsd_tolerance:g}",
         provenance=_table(_provenance(results, workdir)),
         truth=figures.TRUTH,
         prediction=figures.PREDICTION,
-        box=figures.BOX,
         config=html.escape(json.dumps(results["config"], indent=1)),
     )
 
@@ -90,7 +105,7 @@ def _about(results: dict) -> str:
     return f"{len(scans)} scans of {source}; checkpoint of step {results['checkpoint_step']}"
 
 
-def _warnings(results: dict) -> list[str]:
+def _warnings(results: dict, config) -> list[str]:
     warnings = []
     if results["trained_on"]:
         warnings.append(
@@ -102,9 +117,21 @@ def _warnings(results: dict) -> list[str]:
             f"{len(faults)} of {len(faults) + len(results['scans'])} scans could not be scored and "
             f"are in no number: {' '.join(faults)}"
         )
-    if "cam" not in results["summary"]:
-        warnings.append("The automatic protocol, cam, was not scored.")
+    headline = make_system(config).headline
+    if headline in ORACLES:
+        warnings.append(
+            f"An oracle: this system was trained to be prompted by the truth, as {headline} does, "
+            "so the scores are no measure of automatic segmentation."
+        )
+    elif headline not in results["summary"]:
+        warnings.append(f"The automatic protocol, {headline}, was not scored.")
     return warnings
+
+
+def _gate(results: dict) -> str:
+    if not results["classifier"]:
+        return "none, for there is no classifier"
+    return "on" if results["evaluate"]["gate"] else "off"
 
 
 def _tiles(scores: dict) -> str:
@@ -123,20 +150,22 @@ def _tiles(scores: dict) -> str:
 
 def _guidance_rows(results: dict) -> Rows:
     classifier, prompt = results["classifier"], results["prompt"]
-    positives = f"{prompt['slices']} slices with the organ"
     negatives = [
         (f"false positives, {protocol}", text(scores, "false_positive_ml"), "mL a scan")
         for protocol, scores in results["summary"].items()
     ]
-    return [
-        ("measure", "value", "over"),
-        ("classifier accuracy", text(classifier, "accuracy"), f"{classifier['slices']} slices"),
-        ("classifier F1", text(classifier, "f1"), f"{classifier['slices']} slices"),
-        ("classifier AUROC", text(classifier, "auroc"), f"{classifier['slices']} slices"),
-        ("IoU of CAM box and true box", text(prompt, "box_iou"), positives),
-        ("share of empty CAMs", text(prompt, "empty_cams"), positives),
-        *negatives,
-    ]
+    rows = [("measure", "value", "over")]
+    if classifier:
+        names = {"accuracy": "accuracy", "f1": "F1", "auroc": "AUROC"}
+        slices = f"{classifier['slices']} slices"
+        rows += [(f"classifier {n}", text(classifier, k), slices) for k, n in names.items()]
+    if prompt:
+        positives = f"{prompt['slices']} slices with the organ"
+        rows += [
+            ("IoU of CAM box and true box", text(prompt, "box_iou"), positives),
+            ("share of empty CAMs", text(prompt, "empty_cams"), positives),
+        ]
+    return rows + negatives
 
 
 def _case_rows(cases: Sequence[Case]) -> Rows:

@@ -15,8 +15,9 @@ from sammix_jax.data.files import read_json, whole_file, write_json
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.data.splits import LABELS, SPLIT
 from sammix_jax.errors import UserError
-from sammix_jax.sam_mix import PROTOCOLS
 from sammix_jax.scores import Case, Guidance, summarise_cases, summarise_guidance
+from sammix_jax.systems.named import make_system
+from sammix_jax.systems.system import scored_protocols
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def collect(
       digests: of each scan by name, what `over_seeds` knows it by.
     """
     workdir = as_path(workdir)
-    protocols = [p for p in PROTOCOLS if any(case.protocol == p for case in cases)]
+    protocols = scored_protocols(make_system(config), {case.protocol for case in cases})
     classifier, prompt = summarise_guidance(guidance)
     return {
         "evaluate": json.loads(config.evaluate.to_json()),
@@ -171,7 +172,8 @@ def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
 def write_over_seeds(folder, means: dict) -> None:
     """Writes summary.json, and summary.csv with a row a protocol and metric."""
     folder = as_path(folder)
-    groups = [*means["summary"].items(), ("", means["classifier"]), ("", means["prompt"])]
+    guidance = [("", means[part]) for part in ("classifier", "prompt") if means[part]]
+    groups = [*means["summary"].items(), *guidance]
     runs = len(means["runs"])
     with whole_file(folder / "summary.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.writer(file)

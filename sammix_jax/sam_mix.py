@@ -17,6 +17,7 @@ import numpy as np
 from sammix_jax.cam import CamPrompt, cam_prompt, grad_cam, grad_cam_by_gradient, plain_cam
 from sammix_jax.models.resnet import Classifier
 from sammix_jax.models.sam.attention import QUERY_CHUNK
+from sammix_jax.models.sam.choice import Masks, choose_masks
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.preprocess import to_rgb
@@ -25,28 +26,8 @@ from sammix_jax.sharding import first_of_each
 POSITIVE = 1  # the class "this slice shows the organ"
 
 FUSIONS = ("add", "concat", "none")
-MASK_CHOICES = ("argmax_iou", "index", "single")
 BOX_SOURCES = ("cam", "gt")
 DTYPES = ("float32", "bfloat16")
-# How the decoder may be prompted when a model is scored; `cam` is the headline.
-# cam     nothing but the image goes in: CAM fusion and CAM box
-# gt_box  the box of the true mask replaces the CAM's: an upper bound prompted by the answer
-# none    neither box nor fusion
-PROTOCOLS = ("cam", "gt_box", "none")
-
-
-class Masks(NamedTuple):
-    """Masks of SAM's decoder on the slice's grid.
-
-    Attributes:
-      logits: (B, H, W) float32, the final mask.
-      candidates: (B, M, H, W) float32, the masks it was chosen from.
-      iou: (B, M) float32, their predicted IoU.
-    """
-
-    logits: jax.Array
-    candidates: jax.Array
-    iou: jax.Array
 
 
 class SamMixOutput(NamedTuple):
@@ -199,18 +180,9 @@ class SamMix(nn.Module):
         low_res_logits, iou = self.sam.decode(
             embeddings, input_size=(self.image_size, self.image_size), boxes=boxes
         )  # (B, 1, 4, 4h, 4w), (B, 1, 4)
-        # Token 0 is for one mask without ambiguity, 1 to 3 for whole, part and subpart.
-        kept = slice(0, 1) if self.mask_choice == "single" else slice(1, 4)
-        logits, iou = low_res_logits[:, 0, kept], iou[:, 0, kept]
-        candidates = jax.image.resize(
-            logits.astype(jnp.float32), (*logits.shape[:2], *size), "linear", antialias=False
-        )  # (B, M, H, W)
-        if self.mask_choice == "index":
-            final = candidates[:, self.mask_index]  # (B, H, W)
-        else:
-            best = jnp.argmax(iou, axis=1)[:, None, None, None]
-            final = jnp.take_along_axis(candidates, best, axis=1)[:, 0]  # (B, H, W)
-        return Masks(final, candidates, iou.astype(jnp.float32))
+        return choose_masks(
+            low_res_logits[:, 0], iou[:, 0], size, self.mask_choice, self.mask_index
+        )
 
     def _fuse(self, embeddings: jax.Array, fused: CamPrompt | None) -> jax.Array:
         """⊕ of the figure: the CAM mask, averaged onto the grid, is added to every channel."""

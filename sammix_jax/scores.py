@@ -69,7 +69,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """What the classifier and its CAM say of one scan, the same under every protocol.
+    """What the classifier and its CAM say of one scan, the same under every protocol; None what a
+    system does not have.
 
     Attributes:
       organ_present: (D,) bool, the image-level labels.
@@ -80,9 +81,9 @@ class Guidance:
     """
 
     organ_present: np.ndarray
-    organ_probability: np.ndarray
-    box_iou: np.ndarray
-    cam_empty: np.ndarray
+    organ_probability: np.ndarray | None
+    box_iou: np.ndarray | None
+    cam_empty: np.ndarray | None
 
 
 def score_scan(
@@ -143,12 +144,11 @@ def score_guidance(scan: LabelledScan, prediction: VolumePrediction) -> Guidance
     slices = prediction.slices
     true_boxes, absent = (np.asarray(found) for found in mask_to_box(prediction.truth))
     shown = np.flatnonzero(~absent)
-    return Guidance(
-        organ_present=scan.organ_pixels > 0,
-        organ_probability=slices.organ_probability,
-        box_iou=np.array([metrics.box_iou(slices.box[z], true_boxes[z]) for z in shown]),
-        cam_empty=slices.empty[shown],
-    )
+    box_iou, cam_empty = None, None
+    if slices.box is not None:
+        box_iou = np.array([metrics.box_iou(slices.box[z], true_boxes[z]) for z in shown])
+        cam_empty = slices.empty[shown]
+    return Guidance(scan.organ_pixels > 0, slices.organ_probability, box_iou, cam_empty)
 
 
 def summarise_cases(cases: Sequence[Case]) -> dict:
@@ -182,31 +182,34 @@ def summarise_cases(cases: Sequence[Case]) -> dict:
     }
 
 
-def summarise_guidance(scans: Sequence[Guidance]) -> tuple[dict, dict]:
+def summarise_guidance(scans: Sequence[Guidance]) -> tuple[dict | None, dict | None]:
     """The classifier's scores and the prompt's, pooled over the slices of all scans.
 
     Returns:
       "accuracy", "f1", "auroc" and the number of "slices"; and, of the slices that show the organ
       on the store's grid, the mean "box_iou", the share of "empty_cams", both None without such
-      slices, and the number of "slices".
+      slices, and the number of "slices". None in place of either that a system does not have.
     """
-    score = metrics.classification_metrics(
-        np.concatenate([scan.organ_present for scan in scans]),
-        np.concatenate([scan.organ_probability for scan in scans]),
-    )
-    box_iou = np.concatenate([scan.box_iou for scan in scans])
-    empty = np.concatenate([scan.cam_empty for scan in scans])
-    classifier = {
-        "accuracy": score.accuracy,
-        "f1": score.f1,
-        "auroc": score.auroc,
-        "slices": score.count,
-    }
-    prompt = {
-        "box_iou": float(box_iou.mean()) if len(box_iou) else None,
-        "empty_cams": float(empty.mean()) if len(empty) else None,
-        "slices": len(box_iou),
-    }
+    classifier, prompt = None, None
+    if all(scan.organ_probability is not None for scan in scans):
+        score = metrics.classification_metrics(
+            np.concatenate([scan.organ_present for scan in scans]),
+            np.concatenate([scan.organ_probability for scan in scans]),
+        )
+        classifier = {
+            "accuracy": score.accuracy,
+            "f1": score.f1,
+            "auroc": score.auroc,
+            "slices": score.count,
+        }
+    if all(scan.box_iou is not None for scan in scans):
+        box_iou = np.concatenate([scan.box_iou for scan in scans])
+        empty = np.concatenate([scan.cam_empty for scan in scans])
+        prompt = {
+            "box_iou": float(box_iou.mean()) if len(box_iou) else None,
+            "empty_cams": float(empty.mean()) if len(empty) else None,
+            "slices": len(box_iou),
+        }
     return classifier, prompt
 
 

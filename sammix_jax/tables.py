@@ -33,12 +33,16 @@ def result_table(results: dict) -> str:
     """
     classifier, prompt = results["classifier"], results["prompt"]
     negatives = ", ".join(f"{p} {text(s, 'false_positive_ml')}" for p, s in _items(results))
-    guidance = [
-        f"classifier  accuracy {text(classifier, 'accuracy')}, F1 {text(classifier, 'f1')}, "
-        f"AUROC {text(classifier, 'auroc')}",
-        f"prompt      box IoU {text(prompt, 'box_iou')}, empty CAMs {text(prompt, 'empty_cams')}",
-        f"false positives on slices without the organ [mL]  {negatives}",
-    ]
+    guidance = []
+    if classifier:
+        guidance.append(
+            f"classifier  accuracy {text(classifier, 'accuracy')}, F1 {text(classifier, 'f1')}, "
+            f"AUROC {text(classifier, 'auroc')}"
+        )
+    if prompt:
+        found = f"box IoU {text(prompt, 'box_iou')}, empty CAMs {text(prompt, 'empty_cams')}"
+        guidance.append(f"prompt      {found}")
+    guidance.append(f"false positives on slices without the organ [mL]  {negatives}")
     volumes, slices = _lines(volume_rows(results)), _lines(paper_rows(results))
     return "\n".join([*volumes, "", PAPER_TITLE, *slices, "", *guidance])
 

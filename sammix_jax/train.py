@@ -1,4 +1,4 @@
-"""Trains SAM-Mix; read from top to bottom."""
+"""Trains SAM-Mix, or a system that it is compared with; read from top to bottom."""
 
 import logging
 import math
@@ -14,13 +14,13 @@ from sammix_jax.errors import UserError
 from sammix_jax.inference import make_predict
 from sammix_jax.loop import Validation, run_steps
 from sammix_jax.optim import make_optimiser
-from sammix_jax.sam_mix import sam_mix
 from sammix_jax.sharding import (
     batch_layout,
     make_mesh,
     place_batch,
     state_sharding,
 )
+from sammix_jax.systems.named import make_system
 from sammix_jax.train_step import jit_train_step, load_pretrained, make_init
 from sammix_jax.validate import validate
 
@@ -61,12 +61,12 @@ def train(config, workdir, store: SliceStore) -> bool:
     batches = Batches(store, tuple(labelled), others, sizes, config.seed)
     steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
 
-    # ---- Model and optimiser
-    model = sam_mix(config)
+    # ---- System and optimiser
+    system = make_system(config)
     optimiser = make_optimiser(config.train, steps)
 
     # ---- State: abstract first, then restored or initialised straight onto the mesh
-    init = make_init(model, optimiser, config)
+    init = make_init(system, optimiser, config)
     shapes = jax.eval_shape(init)
     sharding = state_sharding(shapes, mesh, config.mesh.shard_frozen)
     like = abstract(shapes, sharding)
@@ -94,17 +94,26 @@ def train(config, workdir, store: SliceStore) -> bool:
             mesh.devices.flat[0].platform,
         )
         if start >= steps:
+            if not steps:  # the weights as they are loaded are what is to be scored
+                checkpoints.save(state, 0)
+                checkpoints.wait()
             return False
 
         # ---- Step
-        train_step = jit_train_step(model, optimiser, config, layout, mesh, sharding)
+        train_step = jit_train_step(system, optimiser, config, layout, mesh, sharding)
         # Gated whatever is reported, so that all scores of a run compare.
-        predict = make_predict(model, config, ("cam",), gate=True)
+        predict = make_predict(system, config, (system.headline,), gate=True)
 
         # ---- Loop
         validation = Validation(
             lambda state, stop: validate(
-                predict, state.variables, store, split.val, config.evaluate.batch, stop
+                predict,
+                state.variables,
+                store,
+                split.val,
+                config.evaluate.batch,
+                stop,
+                system.headline,
             ),
             best="dice",
         )

@@ -9,13 +9,10 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from sammix_jax.cam import central_box, mask_to_box
-from sammix_jax.consistency import follow, pseudo_masks, ramp
-from sammix_jax.objective import mask_loss, sam_mix_loss
+from sammix_jax.consistency import follow
 from sammix_jax.optim import merge_params, split_params
-from sammix_jax.preprocess import distort, move, move_masks, random_moves, scale_slices
-from sammix_jax.sam_mix import SamMix
 from sammix_jax.sharding import BatchLayout, gather, replicated
+from sammix_jax.systems.system import Microbatch, System
 from sammix_jax.weights import fill, load_weights
 
 
@@ -42,18 +39,18 @@ class TrainState:
         }
 
 
-def make_init(model: SamMix, optimiser: optax.GradientTransformation, config):
+def make_init(system: System, optimiser: optax.GradientTransformation, config):
     """Returns `init() -> TrainState`, to be jitted or evaluated abstractly."""
 
     def init() -> TrainState:
         images = jnp.zeros((1, config.data.size, config.data.size))
-        variables = model.init(jax.random.key(config.seed), images, segmented=1)
+        variables = system.init(jax.random.key(config.seed), images)
         trainable, frozen = split_params(variables["params"], config.train.trainable)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             trainable=trainable,
             frozen=frozen,
-            batch_stats=variables["batch_stats"],
+            batch_stats=variables.get("batch_stats", {}),
             opt_state=optimiser.init(trainable),
             # Copies: the step donates its state, and one buffer cannot be given away twice.
             teacher=jax.tree.map(jnp.copy, trainable) if config.consistency.weight > 0 else {},
@@ -97,7 +94,7 @@ def load_pretrained(state: TrainState, config) -> TrainState:
 
 
 def make_train_step(
-    model: SamMix,
+    system: System,
     optimiser: optax.GradientTransformation,
     config,
     layout: BatchLayout | None = None,
@@ -112,7 +109,7 @@ def make_train_step(
     Randomness is a function of (seed, step), so a resumed run repeats an uninterrupted one.
 
     Args:
-      model, optimiser, config: of the run.
+      system, optimiser, config: of the run.
       layout: of the batches; None is one shard of the config's sizes in one part.
       unroll: write microbatches out one after another. As a loop they take less memory and
         compilation, but on a CPU XLA runs convolutions in a loop ten times slower than outside.
@@ -120,104 +117,67 @@ def make_train_step(
     """
     if layout is None:
         layout = BatchLayout(config.train.batch_labelled, config.train.batch_unlabelled)
-    micro = layout.microbatch
     taught = config.consistency.weight > 0
 
-    def loss_fn(trainable, state: TrainState, batch_stats, part: dict, known_share):
+    def loss_fn(trainable, state: TrainState, batch_stats, part: Microbatch):
         """The loss of one microbatch; aux: metrics and new batch statistics."""
-        weak, strong, masks = _views(part, config, micro)
-        if taught:
-            teacher = model.apply(
-                gather(state.replace(trainable=state.teacher).variables),
-                micro.rest(weak),
-                segmented=micro.unlabelled,
-                shards=micro.shards,
-            )
-            pseudo = pseudo_masks(
-                teacher.masks.logits,
-                micro.rest(part["image_label"]),
-                config.consistency.confidence,
-            )
-        output, updates = model.apply(
-            gather(state.replace(trainable=trainable, batch_stats=batch_stats).variables),
-            strong,
-            segmented=micro.size if taught else micro.labelled,
-            train=True,
-            boxes=_true_boxes(masks) if config.train.box == "gt" else None,
-            shards=micro.shards,
-            mutable=["batch_stats"],
+        student = state.replace(trainable=trainable, batch_stats=batch_stats)
+        teacher = state.replace(trainable=state.teacher)
+        return system.loss(
+            gather(student.variables), part, gather(teacher.variables) if taught else None
         )
-        all_masks = output.masks
-        if taught:
-            output = output._replace(masks=jax.tree.map(micro.first, all_masks))
-        # 0 while the classifier warms up: neither masks nor a teacher train SAM then.
-        segments = (state.step >= config.train.classifier_warmup_steps).astype(jnp.float32)
-        loss, metrics = sam_mix_loss(
-            output, masks, part["image_label"], config.loss, segments, known_share
-        )
-        if taught:
-            consistency = mask_loss(
-                micro.rest(all_masks.logits), pseudo.target, config.loss, pseudo.valid
-            )
-            start, length = config.consistency.start_step, config.consistency.ramp_steps
-            grown = segments * ramp(state.step, start, length) * config.consistency.weight
-            loss += grown * consistency
-            metrics |= {
-                "loss": loss,
-                "consistency_loss": consistency,
-                "confident_pixels": jnp.mean(pseudo.valid.astype(jnp.float32)),
-            }
-        return loss, (metrics, updates["batch_stats"])
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         # A slice's key follows from its number, wherever it lies.
         keys = jax.random.split(key, layout.size)[layout.order]
         parts = jax.tree.map(layout.split_microbatches, batch | {"key": keys})
-        known = (batch["image_label"] >= 0).sum()
+        labels = parts["image_label"]  # (A, B / A)
 
         def backward(batch_stats, part: dict):
-            # The whole batch's mean over known labels, though parts differ in how many they know.
-            known_here = (part["image_label"] >= 0).sum()
-            share = known_here * layout.microbatches / jnp.maximum(known, 1)
+            micro = Microbatch(**part, labels=labels, step=state.step, layout=layout.microbatch)
             gradient = jax.grad(loss_fn, has_aux=True)
-            grads, (metrics, batch_stats) = gradient(
-                state.trainable, state, batch_stats, part, share
-            )
+            grads, (metrics, batch_stats) = gradient(state.trainable, state, batch_stats, micro)
             return batch_stats, (grads, metrics)
 
         batch_stats, (grads, metrics) = _accumulate(backward, state.batch_stats, parts, unroll)
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        norms = jnp.stack([leaf_norms(grads), leaf_norms(trainable)])
-        metrics["leaf_norms"] = norms
-        metrics["gradient_norm"], metrics["parameter_norm"] = jnp.linalg.norm(norms, axis=1)
-        new_state = state.replace(
-            step=state.step + 1,
-            trainable=trainable,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            teacher=(
-                follow(state.teacher, trainable, state.step, config.consistency.ema)
-                if taught
-                else state.teacher
-            ),
-        )
-        return new_state, metrics
+        after, norms = apply_gradients(state, grads, optimiser)
+        teacher = state.teacher
+        if taught:
+            teacher = follow(teacher, after.trainable, state.step, config.consistency.ema)
+        return after.replace(batch_stats=batch_stats, teacher=teacher), metrics | norms
 
     return train_step
 
 
-def jit_train_step(model: SamMix, optimiser, config, layout: BatchLayout, mesh: Mesh, sharding):
+def apply_gradients(
+    state: TrainState, grads: dict, optimiser: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes the optimiser's step.
+
+    Returns:
+      The state with its step counted; and "leaf_norms" (2, N), the norms of the gradient and of the
+      new value of each leaf, by path in order, with "gradient_norm" and "parameter_norm" of all.
+    """
+    updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    norms = jnp.stack([_leaf_norms(grads), _leaf_norms(trainable)])
+    of_all = jnp.linalg.norm(norms, axis=1)
+    found = {"leaf_norms": norms, "gradient_norm": of_all[0], "parameter_norm": of_all[1]}
+    state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+    return state, found
+
+
+def jit_train_step(system: System, optimiser, config, layout: BatchLayout, mesh: Mesh, sharding):
     """The step as a run takes it, and as `plan` compiles it.
 
     Args:
-      model, optimiser, config, layout: as for `make_train_step`.
+      system, optimiser, config, layout: as for `make_train_step`.
       mesh: of the run.
       sharding: where the state lies; it stays there, and the old one is given up for the new.
     """
     step = make_train_step(
-        model,
+        system,
         optimiser,
         config,
         layout,
@@ -255,34 +215,5 @@ def _accumulate(backward, batch_stats, parts: dict, unroll: bool):
     return batch_stats, jax.tree.map(lambda leaf: leaf / count, total)
 
 
-def leaf_norms(leaves: dict) -> jax.Array:
+def _leaf_norms(leaves: dict) -> jax.Array:
     return jnp.stack([jnp.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves(leaves)])
-
-
-def _views(part: dict, config, layout: BatchLayout):
-    """Weak and strong views of a microbatch's slices in register, and the masks that go with them.
-
-    Only a teacher looks at weak views. Slices that it teaches are distorted twice as much.
-
-    Returns:
-      Weak and strong (B, H, W) float32 in [0, 1], masks (L, H, W) float32 in {0, 1}.
-    """
-    images, masks = scale_slices(part["hu"], config.input), part["mask"].astype(jnp.float32)
-    keys, augment = part["key"], config.train.augment
-    if augment:
-        moves = random_moves(keys, images.shape[1:])
-        images, masks = move(images, moves), move_masks(masks, layout.first(moves))
-    first, rest = layout.first(images), layout.rest(images)
-    if augment:
-        first = distort(first, layout.first(keys))
-    if config.consistency.weight > 0:
-        rest = distort(rest, layout.rest(keys), strength=2.0)
-    elif augment:
-        rest = distort(rest, layout.rest(keys))
-    return images, layout.join(first, rest), masks
-
-
-def _true_boxes(masks: jax.Array) -> jax.Array:
-    """(L, H, W) → (L, 4) XYXY; the central box where augmentation left nothing of the organ."""
-    boxes, empty = mask_to_box(masks > 0.5)
-    return jnp.where(empty[:, None], central_box(*masks.shape[1:]), boxes)

@@ -8,6 +8,7 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.hosts import Terminated
 from sammix_jax.inference import predict_slices
 from sammix_jax.metrics import dice
+from sammix_jax.systems.system import ORACLES
 
 
 def validate(
@@ -17,20 +18,22 @@ def validate(
     scans: tuple[str, ...],
     batch: int,
     stop: Callable[[], bool] = lambda: False,
+    protocol: str = "cam",
 ) -> dict[str, float]:
-    """Scores scans on the store's grid under `cam`.
+    """Scores scans on the store's grid under one protocol.
 
     Args:
-      predict: from `inference.make_predict`, of the protocol `cam`.
+      predict: from `inference.make_predict`, of the protocol.
       variables: the model's parameters and batch statistics.
       store: the prepared slices.
       scans: which of its scans.
       batch: slices at a time.
       stop: asked before each scan.
+      protocol: the system's headline.
 
     Returns:
-      `dice`, the mean over volumes, where any has something to score; and `accuracy`, of the
-      classifier over slices.
+      `dice`, the mean over volumes, where any has something to score; and `accuracy` over slices,
+      where there is a classifier.
 
     Raises:
       Terminated: `stop` said so.
@@ -41,12 +44,14 @@ def validate(
             raise Terminated("stopped in validation")
         slices = store.slices(scan)
         hu = np.stack([store.hu(s) for s in slices])
-        predicted = predict_slices(predict, variables, hu, None, batch)
         truth = np.stack([store.mask(s) for s in slices]) > 0
+        prompted = truth if protocol in ORACLES else None
+        predicted = predict_slices(predict, variables, hu, prompted, batch)
         present = np.array([store.image_label(s) == 1 for s in slices])
-        mask = predicted.logits["cam"] > 0
+        mask = predicted.logits[protocol] > 0
         if truth.any() or mask.any():  # else there is nothing to score
             volume_dice.append(dice(truth, mask))
-        correct.extend((predicted.organ_probability >= 0.5) == present)
-    scores = {"accuracy": float(np.mean(correct))}
+        if predicted.organ_probability is not None:
+            correct.extend((predicted.organ_probability >= 0.5) == present)
+    scores = {"accuracy": float(np.mean(correct))} if correct else {}
     return scores | ({"dice": float(np.mean(volume_dice))} if volume_dice else {})

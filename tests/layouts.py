@@ -27,6 +27,7 @@ from sammix_jax.sharding import (
     place_batch,
     state_sharding,
 )
+from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train_step import TrainState, jit_train_step, make_init
 
 STEPS = 10
@@ -81,15 +82,15 @@ def build(devices: int, fsdp: int, accumulate: int) -> Layout:
     mesh = make_mesh(fsdp, jax.devices()[:devices])
     layout = batch_layout(config.train, mesh)
     assert layout.shards == devices
-    model = sam_mix(config).clone(sam_variant=TINY)
+    system = SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config)
     # Adam divides by a gradient's own size. Where it is zero but for rounding, as of the biases of
     # keys, it would step by that rounding's sign at full length.
     optimiser = optax.sgd(LEARNING_RATE)
-    init = make_init(model, optimiser, config)
+    init = make_init(system, optimiser, config)
     sharding = state_sharding(jax.eval_shape(init), mesh, shard_frozen=True)
     divided = [leaf for leaf in jax.tree.leaves(sharding) if leaf.spec]
     assert bool(divided) == (fsdp > 1)
-    step = jit_train_step(model, optimiser, config, layout, mesh, sharding)
+    step = jit_train_step(system, optimiser, config, layout, mesh, sharding)
     shapes = abstract(jax.eval_shape(init), sharding)
     return Layout(mesh, layout, shapes, jax.jit(init, out_shardings=sharding), step)
 

@@ -10,7 +10,8 @@ from sammix_jax.config import claim_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.errors import UserError
 from sammix_jax.presets import apply_preset
-from sammix_jax.sam_mix import PROTOCOLS, sam_mix
+from sammix_jax.systems.named import make_system
+from sammix_jax.systems.sam_mix import SamMixSystem
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("[a-z]*.py"))
 
@@ -22,7 +23,7 @@ def test_every_config_describes_a_model(name):
     config = default_config()
     config.update(module.get_config())  # one that only says how to evaluate leaves the rest open
     check_config(config)
-    sam_mix(config)
+    make_system(config)
 
 
 @pytest.mark.parametrize("variant", labels.VARIANTS)
@@ -44,7 +45,7 @@ def test_an_unknown_variant_is_named():
 def test_totalsegmentator_says_only_how_to_evaluate():
     config = totalsegmentator.get_config()
     assert set(config) == {"evaluate"} and config.evaluate.scans == 20
-    assert config.evaluate.protocols == PROTOCOLS
+    assert config.evaluate.protocols == SamMixSystem.protocols
 
 
 def test_the_papers_run_takes_a_preset():

@@ -11,10 +11,11 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import kept_split
 from sammix_jax.losses import bce_loss, dice_loss
 from sammix_jax.optim import make_optimiser
-from sammix_jax.sam_mix import sam_mix
 from sammix_jax.sharding import BatchLayout, make_mesh, replicated
+from sammix_jax.systems.sam_mix import SamMixSystem, _views
+from sammix_jax.systems.system import Microbatch
 from sammix_jax.train import slices_without_masks
-from sammix_jax.train_step import TrainState, _views, make_init, make_train_step
+from sammix_jax.train_step import TrainState, make_init, make_train_step
 
 
 def test_only_confident_pixels_count():
@@ -77,14 +78,14 @@ def taught(config):
 def test_slices_without_masks_train_the_segmentation(taught):
     """From `start_step` on; their classification and the labelled slices are silenced here."""
     taught.consistency.start_step = 5
-    model, optimiser = sam_mix(taught), make_optimiser(taught.train, 30)
-    state = jax.jit(make_init(model, optimiser, taught))()
+    system, optimiser = SamMixSystem.of(taught), make_optimiser(taught.train, 30)
+    state = jax.jit(make_init(system, optimiser, taught))()
     batch = {
         "hu": np.random.default_rng(0).normal(0, 100, (4, 64, 64)).astype(np.int16),
         "mask": np.zeros((2, 64, 64), np.uint8),
         "image_label": np.array([1, 1, -1, -1], np.int32),
     }
-    step = jax.jit(make_train_step(model, optimiser, taught, BatchLayout(2, 2)))
+    step = jax.jit(make_train_step(system, optimiser, taught, BatchLayout(2, 2)))
     assert set(state.teacher) == set(state.trainable)
     _, before = step(state, batch)
     assert before["consistency_loss"] > 0 and before["confident_pixels"] == 1
@@ -104,12 +105,17 @@ def test_both_views_and_the_masks_are_in_register(taught):
     masks = np.zeros((6, 64, 64), np.float32)
     masks[:, 20:40, 14:44] = 1
     taught.input.window = (0, 1000)
-    part = {
-        "hu": jnp.asarray(300 + 400 * masks),
-        "mask": jnp.asarray(masks[:2]),
-        "key": jax.random.split(jax.random.key(3), 6),
-    }
-    weak, strong, moved = _views(part, taught, BatchLayout(2, 4))
+    labels = jnp.ones(6, jnp.int32)
+    part = Microbatch(
+        hu=jnp.asarray(300 + 400 * masks),
+        mask=jnp.asarray(masks[:2]),
+        image_label=labels,
+        key=jax.random.split(jax.random.key(3), 6),
+        labels=labels[None],
+        step=jnp.array(0),
+        layout=BatchLayout(2, 4),
+    )
+    weak, strong, moved = _views(part, taught)
     assert float(jnp.abs(moved - masks[:2]).sum()) > 100  # they were moved
     for i in range(6):
         # Beyond the slice's edge is air, at 0; the square is what lies above the middle.
@@ -119,7 +125,7 @@ def test_both_views_and_the_masks_are_in_register(taught):
         ground = (weak[i] > 0.29) & (weak[i] < 0.31)
         assert float(strong[i][square].mean() - strong[i][ground].mean()) > 0.15
     assert float(jnp.abs(strong[2:] - weak[2:]).mean()) > 0.01
-    again = _views(part, taught, BatchLayout(2, 4))
+    again = _views(part, taught)
     np.testing.assert_array_equal(strong, again[1])
 
 
@@ -134,7 +140,9 @@ def test_the_teacher_is_kept_with_the_run(tmp_path):
 
 
 def test_the_papers_mode_has_no_teacher(config):
-    state = jax.eval_shape(make_init(sam_mix(config), make_optimiser(config.train, 30), config))
+    state = jax.eval_shape(
+        make_init(SamMixSystem.of(config), make_optimiser(config.train, 30), config)
+    )
     assert config.consistency.weight == 0 and state.teacher == {}
 
 

@@ -21,11 +21,14 @@ from sammix_jax.data.phantom import DOMAINS
 from sammix_jax.data.slices import SliceId
 from sammix_jax.data.splits import load_or_draw
 from sammix_jax.evaluate import evaluate
-from sammix_jax.inference import OUTSIDE, make_predict, predict_slices
+from sammix_jax.inference import make_predict, predict_slices
 from sammix_jax.optim import make_optimiser
 from sammix_jax.prepare import prepare
-from sammix_jax.sam_mix import PROTOCOLS, sam_mix
+from sammix_jax.sam_mix import sam_mix
 from sammix_jax.sharding import BatchLayout
+from sammix_jax.systems import sam_mix as sam_mix_system
+from sammix_jax.systems.sam_mix import SamMixSystem
+from sammix_jax.systems.system import OUTSIDE
 from sammix_jax.train_step import make_init, make_train_step
 
 TESTS = pathlib.Path(__file__).parent
@@ -85,6 +88,7 @@ TESTED = {
     },
     "test_optim.py": {
         "test_the_learning_rate_is_the_length_of_a_step": ("train.learning_rate",),
+        "test_sgd_is_nnunets": ("train.optimiser",),
         "test_schedules": ("train.schedule", "train.warmup_steps"),
         "test_decay_spares_biases_and_tables": ("train.weight_decay",),
         "test_clipping_bounds_the_norm_of_all_gradients_together": ("train.clip_norm",),
@@ -122,6 +126,24 @@ TESTED = {
             "mesh.fsdp",
             "mesh.shard_frozen",
             "train.accumulate",
+        ),
+    },
+    "test_systems.py": {
+        "test_every_system_has_a_config_and_a_name": ("model.system",),
+        "test_widths_and_variant_shape_the_networks": ("model.widths", "model.transunet"),
+        "test_points_prompt_training_and_scoring": (
+            "model.prompt",
+            "train.points",
+            "evaluate.points",
+        ),
+        "test_negatives_have_empty_masks_and_unknown_labels_no_say": ("loss.negatives",),
+        "test_augmentation_is_the_one_named": ("train.augmentation",),
+        "test_multimix_adds_up_and_says_whose_labels_count": (
+            "multimix.image_labels",
+            "multimix.confidence",
+            "multimix.unsupervised",
+            "multimix.kl",
+            "multimix.kl_form",
         ),
     },
     "test_train.py": {
@@ -291,8 +313,12 @@ def test_the_teachers_fields_reach_the_step(config, monkeypatch):
         seen[function.__name__] = args
         return function(*args)
 
-    for function in (pseudo_masks, ramp, follow):
-        monkeypatch.setattr(train_step, function.__name__, functools.partial(spy, function))
+    for module, function in (
+        (sam_mix_system, pseudo_masks),
+        (sam_mix_system, ramp),
+        (train_step, follow),
+    ):
+        monkeypatch.setattr(module, function.__name__, functools.partial(spy, function))
     batch = {
         "hu": np.zeros((3, 64, 64), np.int16),
         "mask": np.zeros((1, 64, 64), np.uint8),
@@ -301,10 +327,10 @@ def test_the_teachers_fields_reach_the_step(config, monkeypatch):
 
     def trace():
         seen.clear()
-        model = sam_mix(config).clone(sam_variant=TINY)
+        system = SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config)
         optimiser = make_optimiser(config.train, 10)
-        state = jax.eval_shape(make_init(model, optimiser, config))
-        step = make_train_step(model, optimiser, config, BatchLayout(1, 2))
+        state = jax.eval_shape(make_init(system, optimiser, config))
+        step = make_train_step(system, optimiser, config, BatchLayout(1, 2))
         return jax.eval_shape(step, state, batch)
 
     teacher = config.consistency
@@ -326,11 +352,11 @@ def prediction():
     """`predict(probability, **evaluate)`: five slices, by a model whose classifier gives all the
     same probability; and the slices."""
     config = small_config()
-    model = sam_mix(config).clone(sam_variant=TINY)
+    system = SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config)
     hu = np.random.default_rng(0).normal(0, 100, (5, 64, 64)).astype(np.int16)
     truth = np.zeros((5, 64, 64), bool)
     truth[:4, 10:30, 20:50] = True
-    like = jax.eval_shape(make_init(model, make_optimiser(config.train, 10), config))
+    like = jax.eval_shape(make_init(system, make_optimiser(config.train, 10), config))
     rng = np.random.default_rng(1)
     variables = jax.tree.map(
         lambda leaf: jnp.asarray(rng.uniform(0.1, 0.3, leaf.shape), jnp.float32), like.variables
@@ -339,9 +365,9 @@ def prediction():
     @functools.cache
     def compiled(protocols, gate):
         config.evaluate.gate = gate
-        return make_predict(model, config, protocols)
+        return make_predict(system, config, protocols)
 
-    def predict(probability, protocols=PROTOCOLS, gate=True, batch=5):
+    def predict(probability, protocols=SamMixSystem.protocols, gate=True, batch=5):
         head = variables["params"]["classifier"]["head"]
         head["kernel"] = jnp.zeros_like(head["kernel"])
         head["bias"] = jnp.array([0.0, np.log(probability / (1 - probability))])
@@ -364,7 +390,7 @@ def test_the_gate_empties_slices_called_negative(prediction):
 def test_protocols_and_their_masks(prediction):
     """Only what is asked for is computed, and alike whatever else is."""
     every = prediction(0.9).logits
-    assert set(every) == set(PROTOCOLS)
+    assert set(every) == set(SamMixSystem.protocols)
     assert (every["gt_box"][4] == OUTSIDE).all()  # no truth, no box, no mask
     one = prediction(0.9, protocols=("none",)).logits
     assert set(one) == {"none"}

@@ -10,7 +10,7 @@ from configs import lits
 from sammix_jax.data import phantom
 from sammix_jax.optim import make_optimiser
 from sammix_jax.prepare import prepare
-from sammix_jax.sam_mix import sam_mix
+from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train import train
 from sammix_jax.train_log import read_log
 from sammix_jax.train_step import make_init, make_train_step
@@ -19,15 +19,15 @@ from sammix_jax.train_step import make_init, make_train_step
 def test_the_papers_step_is_sound_in_shape():
     """Traced, not run: what is trained, and that the step maps a state to one of the same shape."""
     config = lits.get_config()
-    model, optimiser = sam_mix(config), make_optimiser(config.train, 10)
-    state = jax.eval_shape(make_init(model, optimiser, config))
+    system, optimiser = SamMixSystem.of(config), make_optimiser(config.train, 10)
+    state = jax.eval_shape(make_init(system, optimiser, config))
     size = config.data.size
     batch = {
         "hu": jax.ShapeDtypeStruct((2, size, size), np.int16),
         "mask": jax.ShapeDtypeStruct((1, size, size), np.uint8),
         "image_label": jax.ShapeDtypeStruct((2,), np.int32),
     }
-    step = make_train_step(model, optimiser, config)
+    step = make_train_step(system, optimiser, config)
     after, metrics = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state

@@ -13,7 +13,9 @@ import pytest
 from sammix_jax import main
 from sammix_jax.config import default_config
 from sammix_jax.data.files import read_json, write_json
-from sammix_jax.sam_mix import PROTOCOLS
+from sammix_jax.systems.sam_mix import SamMixSystem
+
+PROTOCOLS = SamMixSystem.protocols
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [

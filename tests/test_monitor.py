@@ -14,6 +14,7 @@ from sammix_jax.errors import UserError
 from sammix_jax.loop import save_interval
 from sammix_jax.monitor import Profile, Timer, memory, refuse_not_finite
 from sammix_jax.prepare import prepare
+from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train import train
 from sammix_jax.train_log import read_log
 
@@ -51,7 +52,7 @@ def test_many_culprits_are_counted():
 @pytest.fixture
 def toy_config(config, monkeypatch):
     """A config whose model is compiled in a moment."""
-    monkeypatch.setattr(train_module, "sam_mix", lambda config: Toy())
+    monkeypatch.setattr(train_module, "make_system", lambda c: SamMixSystem(Toy(), c))
     config.data.split = (3, 0, 1)
     config.train.steps, config.train.augment = 12, False
     config.checkpoint.every_steps = 4

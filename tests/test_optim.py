@@ -50,6 +50,27 @@ def test_schedules():
     np.testing.assert_allclose(rates(config, 10, (0, 2, 8)), (0, 0.05, 0.1), rtol=1e-3, atol=1e-9)
     config.schedule = "cosine"
     np.testing.assert_allclose(rates(config, 10, (4, 7, 10)), (0.1, 0.05, 0), rtol=1e-3, atol=1e-6)
+    config.schedule = "poly"
+    expected = 0.1 * np.array([1.0, 0.5, 1 / 6]) ** 0.9
+    np.testing.assert_allclose(rates(config, 10, (4, 7, 9)), expected, rtol=1e-3)
+
+
+def test_sgd_is_nnunets():
+    """The sum that Nesterov momentum 0.99 makes of two gradients, and decay as a part of them."""
+    config = default_config().train
+    config.optimiser, config.learning_rate, config.weight_decay = "sgd", 0.1, 0.5
+    optimiser = make_optimiser(config, 10)
+    params = {"a/kernel": jnp.array(2.0), "a/bias": jnp.array(2.0)}
+    state = optimiser.init(params)
+    velocity = dict.fromkeys(params, 0.0)
+    for gradient in (1.0, -3.0):
+        grads = dict.fromkeys(params, jnp.array(gradient))
+        updates, state = optimiser.update(grads, state, params)
+        for path, decay in (("a/kernel", 0.5 * 2.0), ("a/bias", 0.0)):
+            whole = gradient + decay
+            velocity[path] = 0.99 * velocity[path] + whole
+            step = -0.1 * (whole + 0.99 * velocity[path])
+            assert float(updates[path]) == pytest.approx(step, rel=1e-5)
 
 
 def test_decay_spares_biases_and_tables():

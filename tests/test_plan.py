@@ -16,6 +16,7 @@ from sammix_jax.flops import count_flops
 from sammix_jax.models.remat import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, count_collectives, find_target
 from sammix_jax.sam_mix import sam_mix
+from sammix_jax.systems.sam_mix import SamMixSystem
 
 
 def test_products_and_convolutions_are_counted():
@@ -83,7 +84,11 @@ def test_refusals(topology, told):
 @pytest.fixture
 def tiny(monkeypatch):
     """The small config on the smallest SAM."""
-    monkeypatch.setattr(plan, "sam_mix", lambda config: sam_mix(config).clone(sam_variant=TINY))
+    monkeypatch.setattr(
+        plan,
+        "make_system",
+        lambda config: SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config),
+    )
     return small_config()
 
 

@@ -16,9 +16,10 @@ from sammix_jax.data.geometry import RESIZES
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.volumes import read_volume
 from sammix_jax.errors import UserError
-from sammix_jax.inference import SlicePredictions, predict_volume
+from sammix_jax.inference import predict_volume
 from sammix_jax.prepare import kept_slices, prepare
 from sammix_jax.presets import apply_preset
+from sammix_jax.systems.system import SlicePredictions
 
 AFFINE = np.diag([3.0, 3.0, 5.0, 1.0])  # RAS
 

@@ -9,7 +9,7 @@ from sammix_jax import metrics
 from sammix_jax.config import default_config
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.volumes import Volume
-from sammix_jax.inference import SlicePredictions, VolumePrediction
+from sammix_jax.inference import VolumePrediction
 from sammix_jax.scores import (
     PAPER_SIDE,
     Case,
@@ -20,6 +20,7 @@ from sammix_jax.scores import (
     summarise_cases,
     summarise_guidance,
 )
+from sammix_jax.systems.system import SlicePredictions
 
 SHAPE, SPACING = (4, 40, 30), (5.0, 2.0, 2.0)
 

@@ -15,6 +15,7 @@ from sammix_jax.config_rules import check_config
 from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
 from sammix_jax.sharding import BatchLayout, batch_layout, divided, make_mesh, place_batch
+from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train_step import make_train_step
 
 TOLERANCE = 1e-5
@@ -84,7 +85,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, microbatches
 
     def after(parts: int):
         layout = BatchLayout(4, 4, 1, parts)
-        step = jax.jit(make_train_step(Toy(), optimiser, config, layout, unroll))
+        step = jax.jit(
+            make_train_step(SamMixSystem(Toy(), config), optimiser, config, layout, unroll)
+        )
         rows = {len(batch["hu"]): layout.order, 4: layout.order[layout.order < 4]}
         ordered = {name: array[rows[len(array)]] for name, array in batch.items()}
         return step(toy_state(optimiser), ordered)

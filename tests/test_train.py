@@ -24,15 +24,18 @@ from sammix_jax.objective import sam_mix_loss
 from sammix_jax.optim import make_optimiser
 from sammix_jax.prepare import prepare
 from sammix_jax.preprocess import scale_slices
-from sammix_jax.sam_mix import Masks, SamMixOutput, sam_mix
+from sammix_jax.sam_mix import Masks, SamMixOutput
 from sammix_jax.sharding import BatchLayout, make_mesh, replicated
+from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train import train
 from sammix_jax.train_log import read_log
 from sammix_jax.train_step import TrainState, make_init, make_train_step
 
 
 def final_state(config, workdir):
-    init = make_init(sam_mix(config), make_optimiser(config.train, config.train.steps), config)
+    init = make_init(
+        SamMixSystem.of(config), make_optimiser(config.train, config.train.steps), config
+    )
     like = abstract(jax.eval_shape(init), replicated(make_mesh()))
     with Checkpoints(workdir) as checkpoints:
         return checkpoints.restore(like)
@@ -106,10 +109,10 @@ def step_and_state():
     """The jitted step of a config that freezes all but LoRA and the decoder, and a batch."""
     config = small_config()
     config.train.trainable = (r"sam/image_encoder/.*/lora_.*", r"sam/mask_decoder/.*")
-    model = sam_mix(config)
+    system = SamMixSystem.of(config)
     optimiser = make_optimiser(config.train, 30)
-    state = jax.jit(make_init(model, optimiser, config))()
-    return jax.jit(make_train_step(model, optimiser, config, NOISE)), state, noise_batch()
+    state = jax.jit(make_init(system, optimiser, config))()
+    return jax.jit(make_train_step(system, optimiser, config, NOISE)), state, noise_batch()
 
 
 def test_only_the_trainable_tree_moves(step_and_state):
@@ -135,9 +138,9 @@ def test_one_batch_can_be_learnt_by_heart():
     config.train.augment = False
     config.train.schedule = "constant"
     config.loss.bce = 1.0
-    model, optimiser = sam_mix(config), make_optimiser(config.train, 40)
-    state = jax.jit(make_init(model, optimiser, config))()
-    step = jax.jit(make_train_step(model, optimiser, config, NOISE))
+    system, optimiser = SamMixSystem.of(config), make_optimiser(config.train, 40)
+    state = jax.jit(make_init(system, optimiser, config))()
+    step = jax.jit(make_train_step(system, optimiser, config, NOISE))
     batch = noise_batch()
     state, first = step(state, batch)
     for _ in range(40):
@@ -185,14 +188,14 @@ def test_a_part_that_is_empty_is_told_before_training(config, tmp_path):
 
 def test_a_frozen_batch_norm_stays(config):
     config.model.freeze_batch_norm = True
-    model, optimiser = sam_mix(config), make_optimiser(config.train, 30)
-    state = jax.jit(make_init(model, optimiser, config))()
+    system, optimiser = SamMixSystem.of(config), make_optimiser(config.train, 30)
+    state = jax.jit(make_init(system, optimiser, config))()
     batch = {
         "hu": np.random.default_rng(0).normal(0, 100, (2, 64, 64)).astype(np.int16),
         "mask": np.ones((1, 64, 64), np.uint8),
         "image_label": np.array([1, 0], np.int32),
     }
-    step = jax.jit(make_train_step(model, optimiser, config, BatchLayout(1, 1)))
+    step = jax.jit(make_train_step(system, optimiser, config, BatchLayout(1, 1)))
     after, _ = step(state, batch)
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, after.batch_stats)
 
@@ -260,7 +263,8 @@ def given_to_the_model(config, hu, masks, step=0):
     batch = {"hu": hu, "mask": masks, "image_label": np.ones(len(hu), np.int32)}
     with pytest.raises(Seen) as seen:
         layout = BatchLayout(len(masks), len(hu) - len(masks))
-        make_train_step(Spy(), make_optimiser(config.train, 10), config, layout)(state, batch)
+        system = SamMixSystem(Spy(), config)
+        make_train_step(system, make_optimiser(config.train, 10), config, layout)(state, batch)
     return seen.value.args
 
 
@@ -309,11 +313,11 @@ def test_augment_and_seed_decide_what_the_model_sees(config):
 def test_prediction_is_prompted_by_the_cam_whatever_trained(config):
     """It cannot read `train.box`: a config without that section is all it needs."""
     hu, _ = bright_organs()
-    model = sam_mix(config)
-    state = jax.eval_shape(make_init(model, make_optimiser(config.train, 10), config))
+    system = SamMixSystem.of(config)
+    state = jax.eval_shape(make_init(system, make_optimiser(config.train, 10), config))
     config.unlock()
     del config.train
-    found = jax.eval_shape(make_predict(model, config, ("cam",)), state.variables, hu, None)
+    found = jax.eval_shape(make_predict(system, config, ("cam",)), state.variables, hu, None)
     assert found.logits["cam"].shape == found.cam.shape == (3, 64, 64)
 
 
@@ -327,7 +331,7 @@ def test_the_classifier_warms_up_alone(config, teacher):
     config.consistency.confidence = 0.5
     optimiser = make_optimiser(config.train, 10)
     state = toy_state(optimiser, teacher=bool(teacher))
-    step = jax.jit(make_train_step(Toy(), optimiser, config, NOISE))
+    step = jax.jit(make_train_step(SamMixSystem(Toy(), config), optimiser, config, NOISE))
 
     def moved(before, after):
         return {path for path in state.trainable if before.trainable[path] != after.trainable[path]}
@@ -344,7 +348,7 @@ def test_the_papers_mode_trains_lora_decoder_prompts_and_classifier(config):
     """SAM's encoder and its constant position table stay, as `train.trainable` has it."""
     config.train.trainable = default_config().train.trainable
     config.cam.fusion = "concat"
-    init = make_init(sam_mix(config), make_optimiser(config.train, 10), config)
+    init = make_init(SamMixSystem.of(config), make_optimiser(config.train, 10), config)
     state = jax.eval_shape(init)
     parts = {"/".join(path.split("/")[:2]) for path in state.trainable}
     assert {p for p in parts if p.startswith("sam/")} == {

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
-from sammix_jax.sam_mix import sam_mix
 from sammix_jax.sharding import make_mesh, replicated
+from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train_step import load_pretrained, make_init
 from sammix_jax.weights import fill, load_weights, read_weights, write_weights
 
@@ -101,7 +101,7 @@ def test_fill_lists_every_mistake():
 def start():
     """A config and its jitted initial state, on the mesh."""
     config = small_config()
-    init = make_init(sam_mix(config), make_optimiser(config.train, 1), config)
+    init = make_init(SamMixSystem.of(config), make_optimiser(config.train, 1), config)
     sharding = replicated(make_mesh())
     return config, jax.jit(init, out_shardings=sharding)()
 

@@ -8,8 +8,9 @@ from absl import app
 from toy import Toy
 
 from sammix_jax import main, train
+from sammix_jax.systems.sam_mix import SamMixSystem
 
-train.sam_mix = lambda config: Toy(ballast=500_000)
+train.make_system = lambda config: SamMixSystem(Toy(ballast=500_000), config)
 
 if __name__ == "__main__":
     app.run(main.main, flags_parser=main._parse_flags)

@@ -19,7 +19,7 @@ from sammix_jax.preprocess import to_rgb
 from sammix_jax.pretrain.prompts import corrections, jittered_boxes, random_points
 from sammix_jax.pretrain.scenes import Scenes, draw_scenes
 from sammix_jax.sharding import along_batch, gather, replicated
-from sammix_jax.train_step import TrainState, leaf_norms
+from sammix_jax.train_step import TrainState, apply_gradients
 
 FOCAL, DICE, IOU = 20.0, 1.0, 1.0  # weights of the loss
 FIRST_PROMPTS = ("box", "point")
@@ -67,14 +67,8 @@ def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh):
         grads, metrics = jax.grad(loss_fn, has_aux=True)(
             state.trainable, state.frozen, scenes, keys
         )
-        updates, opt_state = optimiser.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics["leaf_norms"] = jnp.stack([leaf_norms(grads), leaf_norms(trainable)])
-        metrics["gradient_norm"], metrics["parameter_norm"] = jnp.linalg.norm(
-            metrics["leaf_norms"], axis=1
-        )
-        state = state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
-        return state, metrics
+        state, norms = apply_gradients(state, grads, optimiser)
+        return state, metrics | norms
 
     return step
 

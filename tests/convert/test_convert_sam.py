@@ -24,7 +24,7 @@ from sammix_jax.inference import load_model
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.optim import make_optimiser
-from sammix_jax.sam_mix import sam_mix
+from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train_step import load_pretrained, make_init
 from sammix_jax.weights import read_weights
 
@@ -130,7 +130,7 @@ def adapted(files, tmp_path_factory):
     config = small_config()
     config.model.sam_weights = str(files / "sam.safetensors")
     claim_workdir(config, folder)
-    init = make_init(sam_mix(config), make_optimiser(config.train, 1), config)
+    init = make_init(SamMixSystem.of(config), make_optimiser(config.train, 1), config)
     rng = np.random.default_rng(0)
     random = jax.tree.map(
         lambda leaf: jax.device_put(0.05 * rng.normal(size=leaf.shape).astype(leaf.dtype)),

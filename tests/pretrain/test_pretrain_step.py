@@ -54,7 +54,10 @@ def test_every_trained_leaf_learns_and_the_constant_stays(tiny):
     )
     # Softmax takes no notice of what is added to all keys alike: their biases have no gradient.
     idle = {path for path, norm in gradients.items() if norm < 1e-7}
-    assert all("k_proj/bias" in path for path in idle), sorted(idle)
+    # Of the three masks only the best one learns, and it may be the same one for all prompts.
+    assert all("k_proj/bias" in p or "/hypernetwork_" in p for p in idle), sorted(idle)
+    assert not any("/hypernetwork_0/" in path for path in idle)
+    assert len({path.split("/")[1] for path in idle if "/hypernetwork_" in path}) < 3
     assert list(state.frozen) == ["prompt_encoder/position_encoding/gaussian_matrix"]
     np.testing.assert_array_equal(
         *(s.frozen["prompt_encoder/position_encoding/gaussian_matrix"] for s in (state, after))
@@ -68,8 +71,8 @@ def test_a_step_is_a_function_of_seed_and_step_not_of_where_an_image_lies(tiny):
     step, state = tiny
     first, _ = step(state, jnp.arange(3))
     again, _ = step(state, jnp.arange(3))
-    turned, turned_metrics = step(state, jnp.array([2, 0, 1]))
-    other, other_metrics = step(state.replace(step=state.step + 1), jnp.arange(3))
+    _, turned_metrics = step(state, jnp.array([2, 0, 1]))
+    _, other_metrics = step(state.replace(step=state.step + 1), jnp.arange(3))
     for path in first.trainable:
         np.testing.assert_array_equal(first.trainable[path], again.trainable[path])
     _, metrics = step(state, jnp.arange(3))

@@ -59,7 +59,7 @@ def test_the_weights_are_sams_in_half_precision(config, tmp_path):
     arrays = load_weights(path, "sam", "tiny")
     assert {array.dtype for array in arrays.values()} == {np.dtype("float16")}
     assert "prompt_encoder/position_encoding/gaussian_matrix" in arrays
-    with pytest.raises(UserError, match="model.sam is mini"):
+    with pytest.raises(UserError, match=r"model\.sam is mini"):
         load_weights(path, "sam", "mini")
 
 
@@ -67,5 +67,5 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
     config.train.steps = 1
     run.pretrain(config, tmp_path)
     config.pretrain.prompts = 4
-    with pytest.raises(UserError, match="pretrain.prompts=2"):
+    with pytest.raises(UserError, match=r"pretrain\.prompts=2"):
         run.pretrain(config, tmp_path)

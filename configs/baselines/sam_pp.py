@@ -1,0 +1,29 @@
+"""SAM-PP: Segment Anything prompted with a point of the true mask, an oracle.
+
+Command   python -m sammix_jax.main --config=configs/baselines/sam_pp.py --workdir=DIR
+          python -m sammix_jax.main --config=configs/baselines/sam_pp.py:lits \
+              --config.data.root=DIR --workdir=DIR
+Data      the phantom of configs/quickstart.py; with :lits LiTS as configs/lits.py prepares it
+Model     SAM with its encoder frozen; prompt encoder and mask decoder learn from the labelled
+          slices. SAM-PP-0 trains nothing: --config.train.epochs=0 --config.train.steps=0, which
+          wants model.sam_weights. On the phantom mini SAM from random weights, trained whole
+Hardware  phantom: 2 CPU cores; LiTS: an accelerator; time not measured yet
+Expected  not measured yet; the paper states Dice 0.726 with 50 masks on LiTS, 0.441 with none
+"""
+
+from configs.baselines.data import base_config
+
+
+def get_config(data="phantom"):
+    config = base_config(data)
+    config.model.system = "prompted_sam"
+    config.model.prompt = "points"
+    config.model.lora_rank = 0
+    config.evaluate.protocols = ("gt_points", "gt_box")
+    config.train.batch_unlabelled = 0
+    config.train.trainable = (r"sam/prompt_encoder/(?!position_encoding).*", r"sam/mask_decoder/.*")
+    if data == "lits":
+        config.log.validate_every_steps = 500  # an epoch is 50 steps
+    if data == "phantom":
+        config.train.trainable = (r"sam/(?!prompt_encoder/position_encoding).*",)
+    return config

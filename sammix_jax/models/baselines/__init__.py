@@ -1,0 +1,1 @@
+"""The networks that SAM-Mix is compared with."""
