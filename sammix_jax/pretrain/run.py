@@ -87,6 +87,7 @@ def pretrain(config, workdir) -> Path:
                     lambda state, stop: _measure(answer, state.variables, examples), best="iou"
                 ),
             )
+        checkpoints.wait()
         best = checkpoints.restore_best(like)
     return _write(config, workdir, best)
 

@@ -1,33 +1,18 @@
 """The step of promptable pretraining, on a SAM small enough to be compiled in a moment."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import TINY, draw_rectangles
 
 from configs.pretrain_mini import get_config
 from sammix_jax.models.sam.sam import Sam
-from sammix_jax.models.sam.variants import VARIANTS
 from sammix_jax.optim import make_optimiser
 from sammix_jax.pretrain import step as step_module
 from sammix_jax.pretrain.scenes import SHAPES
 from sammix_jax.pretrain.step import choose_shapes, make_init, make_pretrain_step
 from sammix_jax.sharding import make_mesh
-
-TINY = dataclasses.replace(
-    VARIANTS["mini"],
-    image_size=32,
-    embed_dim=16,
-    depth=2,
-    num_heads=2,
-    global_blocks=(1,),
-    window_size=2,
-    prompt_dim=16,
-    decoder_mlp_dim=32,
-    decoder_heads=2,
-)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +28,9 @@ def tiny():
     sam = Sam(variant=TINY)
     state = jax.jit(make_init(sam, optimiser, config))()
     step = jax.jit(make_pretrain_step(sam, optimiser, config, make_mesh(1, jax.devices()[:1])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "draw_scenes", draw_rectangles)
+        step(state, jnp.arange(3))  # compiled here, with these scenes
     return step, state
 
 

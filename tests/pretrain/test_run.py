@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from test_pretrain_step import TINY
+from drawing import TINY, draw_rectangles
 
 from configs.pretrain_mini import get_config
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam import variants
-from sammix_jax.pretrain import run
+from sammix_jax.pretrain import run, score, step
 from sammix_jax.train_log import read_log
 from sammix_jax.weights import load_weights, read_weights
 
@@ -15,6 +15,8 @@ from sammix_jax.weights import load_weights, read_weights
 @pytest.fixture
 def config(monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, "tiny", TINY)
+    monkeypatch.setattr(step, "draw_scenes", draw_rectangles)
+    monkeypatch.setattr(score, "draw_scenes", draw_rectangles)
     config = get_config()
     config.model.sam, config.model.image_size = "tiny", 32
     config.pretrain.images = config.pretrain.prompts = config.pretrain.held_out = 2
@@ -29,13 +31,13 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
     whole = run.pretrain(config, tmp_path / "whole")
     steps = run.run_steps
 
-    def cut(state, step, batch_of, last, **rest):
+    def cut(state, train_step, batch_of, last, **rest):
         def until_three(number):
             if number == 3:
                 raise KeyboardInterrupt
             return batch_of(number)
 
-        return steps(state, step, until_three, last, **rest)
+        return steps(state, train_step, until_three, last, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "run_steps", cut)
@@ -51,21 +53,14 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
     assert {step for step, name in log if name == "val/iou_box"} == {2, 4}
     assert all(0 <= log[2, f"val/iou_{name}"] <= 1 for name in ("box", "point"))
 
-
-def test_the_weights_are_sams_in_half_precision(config, tmp_path):
-    config.train.steps = 1
-    path = run.pretrain(config, tmp_path)
-    assert path.name == "sam_tiny.safetensors"
-    arrays = load_weights(path, "sam", "tiny")
+    # What it leaves is a SAM's weights in half precision, and nothing else's.
+    assert resumed.name == "sam_tiny.safetensors"
+    arrays = load_weights(resumed, "sam", "tiny")
     assert {array.dtype for array in arrays.values()} == {np.dtype("float16")}
     assert "prompt_encoder/position_encoding/gaussian_matrix" in arrays
     with pytest.raises(UserError, match=r"model\.sam is mini"):
-        load_weights(path, "sam", "mini")
+        load_weights(resumed, "sam", "mini")
 
-
-def test_a_workdir_belongs_to_one_config(config, tmp_path):
-    config.train.steps = 1
-    run.pretrain(config, tmp_path)
     config.pretrain.prompts = 4
     with pytest.raises(UserError, match=r"pretrain\.prompts=2"):
-        run.pretrain(config, tmp_path)
+        run.pretrain(config, tmp_path / "cut")

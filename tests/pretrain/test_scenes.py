@@ -11,7 +11,7 @@ import pytest
 from sammix_jax.pretrain import scenes
 from sammix_jax.pretrain.scenes import SHAPES, draw_scenes
 
-SIZE = 64
+SIZE = 32
 _draw = jax.jit(draw_scenes, static_argnums=1)
 
 

@@ -64,8 +64,8 @@ def test_the_point_lies_deepest():
 
 
 def test_held_out_scenes_are_always_the_same_and_each_has_something_to_find():
-    examples = held_out_scenes(6, 32)
-    again = held_out_scenes(6, 32)
+    examples = held_out_scenes(12, 32)
+    again = held_out_scenes(12, 32)
     assert isinstance(examples, Prompted)
     np.testing.assert_array_equal(examples.images, again.images)
     assert examples.masks.any(axis=(1, 2)).all()
