@@ -124,8 +124,9 @@ class Checkpoints:
             self._latest.save(step, args=kept, force=True)
 
     def wait(self) -> None:
-        """Returns once the last save is whole."""
+        """Returns once the last saves, of the newest and of the best state, are whole."""
         self._latest.wait_until_finished()
+        self._best.wait_until_finished()
 
     def save_best(self, state: TrainState, step: int, score: float) -> bool:
         """Keeps this state where its score beats every earlier one. Returns whether it did."""
