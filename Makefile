@@ -3,6 +3,7 @@
 # make test-tpu   the real steps compiled for a TPU, without one (installs its compiler)
 # make parity the same weights in PyTorch and here (installs torch)
 # make bench  encoder and training step beside PyTorch's, then the input pipeline (installs torch)
+# make bench-paper  the paper's comparison on the phantom (a day, CPU; goes on where it stopped)
 # make bench-labels  how few labels suffice on the phantom (hours, CPU; goes on where it stopped)
 # Each sets up .venv with what it needs.
 
@@ -16,7 +17,7 @@ PARALLEL ?= -n 2 --dist loadfile
 # One arena: without it glibc keeps freed memory per thread, and both speed and memory suffer.
 export MALLOC_ARENA_MAX ?= 1
 
-.PHONY: demo test test-slow test-tpu parity bench bench-labels lint clean
+.PHONY: demo test test-slow test-tpu parity bench bench-paper bench-labels lint clean
 
 demo: $(VENV)/core
 	$(BIN)/python -m sammix_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -37,6 +38,9 @@ bench: $(VENV)/convert
 	$(BIN)/python -m benchmarks.encoder --rounds 2 --repeats 3
 	$(BIN)/python -m benchmarks.train_step --rounds 2 --repeats 3
 	$(BIN)/python -m benchmarks.input_pipeline
+
+bench-paper: $(VENV)/core
+	$(BIN)/python -m benchmarks.paper --workdir=runs/paper $(ARGS)
 
 bench-labels: $(VENV)/core
 	$(BIN)/python -m benchmarks.labels --workdir=runs/labels

@@ -24,16 +24,12 @@ import time
 
 import jax
 
-from benchmarks.label_tables import Row, cells, markdown, plot, write_csv
+from benchmarks.cells import write_csv
+from benchmarks.label_tables import label_cells, markdown, plot
+from benchmarks.rows import DOMAINS, place_row, run_row
 from configs import labels
-from sammix_jax import evaluate, prepare, results, train
-from sammix_jax.config import check_workdir
-from sammix_jax.data import phantom
 from sammix_jax.errors import UserError
 from sammix_jax.systems.system import PROTOCOLS
-
-DOMAINS = ("portal", "unenhanced")
-SECOND_SCANS, SECOND_SEED = 6, 1
 
 
 def row_config(variant: str, count: int, seed: int, folder: pathlib.Path, steps: int = 0):
@@ -43,39 +39,10 @@ def row_config(variant: str, count: int, seed: int, folder: pathlib.Path, steps:
       UserError: no such variant.
     """
     config = labels.get_config(variant)
-    config.data.labelled_slices = count
-    config.data.labels_seed = config.seed = seed
-    config.data.root = str(folder / "portal")
-    config.data.store = str(folder / "store")
+    place_row(config, count, seed, folder)
     if steps:
         config.train.steps = steps
     return config
-
-
-def run_row(variant: str, count: int, seed: int, folder: pathlib.Path, steps: int) -> list[Row]:
-    """Trains and scores one row, as far as that is not done. Returns it for both domains.
-
-    Raises:
-      UserError: no such variant, or the row's folder was made with other settings.
-    """
-    config = row_config(variant, count, seed, folder, steps)
-    workdir = folder / f"{variant}-k{count}-s{seed}"
-    # Training checks it too, but a finished row is not trained.
-    check_workdir(config, workdir)
-    made, second = config.data.phantom, folder / "unenhanced"
-    phantom.write_lits(
-        config.data.root, made.scans, made.seed, phantom.DOMAINS["portal"], made.unlabelled
-    )
-    phantom.write_lits(second, SECOND_SCANS, SECOND_SEED, phantom.DOMAINS["unenhanced"])
-    rows = []
-    for domain, root in zip(DOMAINS, ("", str(second)), strict=True):
-        config.evaluate.root = root
-        if results.saved_results(config, workdir) is None:
-            train.train(config, workdir, prepare.prepare(config, workdir))
-            evaluate.evaluate(config, workdir)
-            jax.clear_caches()
-        rows.append(Row(variant, count, seed, domain, results.results_folder(config, workdir)))
-    return rows
 
 
 def main() -> None:
@@ -99,11 +66,12 @@ def main() -> None:
     for seed, count, variant in itertools.product(args.seeds, args.counts, args.variants):
         begin = time.monotonic()
         try:
-            rows += run_row(variant, count, seed, args.workdir, args.steps)
+            config = row_config(variant, count, seed, args.workdir, args.steps)
+            rows += run_row(config, variant, count, seed, args.workdir)
         except UserError as error:
             sys.exit(f"error: {error}")
         print(f"{variant} k={count} seed={seed}: {time.monotonic() - begin:.0f} s", flush=True)
-        found = cells(rows)
+        found = label_cells(rows)
         write_csv(found, args.workdir / "labels.csv")
         (args.workdir / "labels.md").write_text(markdown(found, DOMAINS, PROTOCOLS))
         plot(found, DOMAINS, args.workdir / "labels.png")

@@ -6,7 +6,8 @@ import math
 import pytest
 from matplotlib.image import imread
 
-from benchmarks.label_tables import DIAGNOSTICS, NAMES, Row, cells, markdown, plot, write_csv
+from benchmarks.cells import Row, write_csv
+from benchmarks.label_tables import DIAGNOSTICS, NAMES, label_cells, markdown, plot
 from configs.labels import VARIANTS
 from sammix_jax.data.files import write_json
 
@@ -45,7 +46,7 @@ def table_rows(text):
 
 
 def test_a_cell_of_two_seeds(row):
-    found = cells([row(FIRST), row(SECOND, seed=1)])
+    found = label_cells([row(FIRST), row(SECOND, seed=1)])
     dice = found["sam_mix", 5, "portal", "cam", "dice"]
     assert dice.mean == pytest.approx(0.7)
     assert dice.std == pytest.approx(0.2 / math.sqrt(2))  # of seeds' means 0.8 and 0.6
@@ -56,18 +57,18 @@ def test_a_cell_of_two_seeds(row):
 
 def test_seeds_may_list_their_scans_in_any_order(row):
     turned = dict(reversed(SECOND.items()))
-    dice = cells([row(FIRST), row(turned, seed=1)])["sam_mix", 5, "portal", "cam", "dice"]
+    dice = label_cells([row(FIRST), row(turned, seed=1)])["sam_mix", 5, "portal", "cam", "dice"]
     assert (dice.mean, dice.low, dice.high) == pytest.approx((0.7, 0.5, 0.9))
 
 
 def test_one_seed_has_no_spread(row):
-    dice = cells([row(FIRST)])["sam_mix", 5, "portal", "cam", "dice"]
+    dice = label_cells([row(FIRST)])["sam_mix", 5, "portal", "cam", "dice"]
     assert (dice.mean, dice.std, dice.seeds) == (pytest.approx(0.8), 0, 1)
     assert (dice.low, dice.high) == pytest.approx((0.6, 1.0))
 
 
 def test_what_is_missing_is_left_out(row):
-    found = cells([row({**FIRST, "d": None}), row({**SECOND, "d": None}, seed=1)])
+    found = label_cells([row({**FIRST, "d": None}), row({**SECOND, "d": None}, seed=1)])
     dice = found["sam_mix", 5, "portal", "cam", "dice"]
     assert (dice.mean, dice.patients) == (pytest.approx(0.7), 3)
     assert found["sam_mix", 5, "portal", "cam", "nsd"].patients == 4
@@ -87,16 +88,16 @@ def test_what_is_missing_is_left_out(row):
 def test_seeds_of_other_scans_are_refused(row, other, named):
     rows = [row(FIRST, "teacher", 50), row(other, "teacher", 50, seed=4)]
     with pytest.raises(ValueError, match=rf"teacher, k=50, portal: seeds 0 and 4 .*{named}"):
-        cells(rows)
+        label_cells(rows)
 
 
 def test_domains_may_differ_in_their_scans(row):
-    found = cells([row(FIRST), row({"x": 0.5}, domain="unenhanced")])
+    found = label_cells([row(FIRST), row({"x": 0.5}, domain="unenhanced")])
     assert found["sam_mix", 5, "unenhanced", "cam", "dice"].patients == 1
 
 
 def test_diagnostics_are_means_over_seeds(row):
-    found = cells([row(FIRST, box_iou=0.2, auroc=None), row(SECOND, seed=1, box_iou=0.4)])
+    found = label_cells([row(FIRST, box_iou=0.2, auroc=None), row(SECOND, seed=1, box_iou=0.4)])
     box_iou, empty, auroc = (found["sam_mix", 5, "portal", "", name] for name in DIAGNOSTICS)
     assert (box_iou.mean, box_iou.std) == pytest.approx((0.3, 0.2 / math.sqrt(2)))
     assert (empty.mean, empty.std, empty.seeds, empty.patients) == (0.25, 0, 2, 3)
@@ -106,7 +107,7 @@ def test_diagnostics_are_means_over_seeds(row):
 
 def test_variants_stand_in_the_order_of_the_config(row):
     made = [row(FIRST, v, k) for k in (50, 5) for v in ("teacher", "no_box", "sam_mix")]
-    found = cells(made)
+    found = label_cells(made)
     assert list(dict.fromkeys((key[0], key[1]) for key in found)) == [
         (v, k) for v in ("sam_mix", "no_box", "teacher") for k in (5, 50)
     ]
@@ -114,12 +115,12 @@ def test_variants_stand_in_the_order_of_the_config(row):
     assert named == ["", "---", "SAM-Mix", "without CAM box", "with teacher"]
     assert list(NAMES) == list(VARIANTS)
     with pytest.raises(ValueError, match="dropout"):
-        cells([row(FIRST, "dropout")])
+        label_cells([row(FIRST, "dropout")])
 
 
 def test_markdown(row):
     rows = [row(FIRST), row(SECOND, seed=1), row(FIRST, count=50), row(FIRST, "teacher", 50)]
-    text = markdown(cells(rows), DOMAINS, PROTOCOLS)
+    text = markdown(label_cells(rows), DOMAINS, PROTOCOLS)
     table = table_rows(text)
     assert [r[:3] for r in table[2:10]] == [
         [k, domain, f"`{protocol}`"] for k in ("5", "50") for domain in DOMAINS
@@ -147,16 +148,16 @@ def test_markdown(row):
 
 
 def test_the_legend_says_what_the_numbers_are(row):
-    legend = markdown(cells([row(FIRST)]), DOMAINS, PROTOCOLS).splitlines()[0]
+    legend = markdown(label_cells([row(FIRST)]), DOMAINS, PROTOCOLS).splitlines()[0]
     assert legend.startswith("Means; seeds: 1, patients of a domain: 3. ± is the standard dev")
     assert "the mean of its seeds" in legend and "85% of the time with 5" in legend
     rows = [row(FIRST, seed=s) for s in (1, 2)] + [row({**FIRST, "d": 0.1}, count=50)]
-    legend = markdown(cells(rows), DOMAINS, PROTOCOLS).splitlines()[0]
+    legend = markdown(label_cells(rows), DOMAINS, PROTOCOLS).splitlines()[0]
     assert legend.startswith("Means; seeds: 1 to 2, patients of a domain: 3 to 4.")
 
 
 def test_csv_has_every_cell(row, tmp_path):
-    found = cells([row(FIRST), row(SECOND, seed=1)])
+    found = label_cells([row(FIRST), row(SECOND, seed=1)])
     write_csv(found, tmp_path / "labels.csv")
     with open(tmp_path / "labels.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -172,6 +173,6 @@ def test_csv_has_every_cell(row, tmp_path):
 def test_plot(row, tmp_path):
     rows = [row(FIRST, v, k) for v in ("sam_mix", "teacher") for k in (5, 50)]
     path = tmp_path / "labels.png"
-    plot(cells(rows), DOMAINS, path)
+    plot(label_cells(rows), DOMAINS, path)
     height, width, _ = imread(path).shape
     assert path.read_bytes().startswith(b"\x89PNG") and width > 2 * height

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import labels
+from benchmarks import labels, rows
 from configs.labels import VARIANTS
 from sammix_jax.config import claim_workdir
 from sammix_jax.data.files import write_json
@@ -19,8 +19,8 @@ def folder(tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("a finished row was not taken")
 
-    monkeypatch.setattr(labels.prepare, "prepare", never)
-    monkeypatch.setattr(labels.train, "train", never)
+    monkeypatch.setattr(rows.prepare, "prepare", never)
+    monkeypatch.setattr(rows.train, "train", never)
     config = labels.row_config("no_box", 5, 2, tmp_path, steps=20)
     workdir = tmp_path / "no_box-k5-s2"
     claim_workdir(config, workdir)
@@ -34,10 +34,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_finished_row_is_taken(folder, monkeypatch):
-    monkeypatch.setattr(labels.phantom, "write_lits", lambda *args: None)
-    portal, unenhanced = labels.run_row("no_box", 5, 2, folder, 20)
+    monkeypatch.setattr(rows.phantom, "write_lits", lambda *args: None)
+    portal, unenhanced = rows.run_row(
+        labels.row_config("no_box", 5, 2, folder, 20), "no_box", 5, 2, folder
+    )
     assert (portal.variant, portal.count, portal.seed) == ("no_box", 5, 2)
-    assert (portal.domain, unenhanced.domain) == labels.DOMAINS
+    assert (portal.domain, unenhanced.domain) == rows.DOMAINS
     assert portal.folder == folder / "no_box-k5-s2" / "evaluation" / "test"
     assert unenhanced.folder.name.startswith("unenhanced-")
 
@@ -53,7 +55,8 @@ def test_a_finished_row_is_taken(folder, monkeypatch):
 def test_a_row_made_with_other_settings_is_refused(folder, monkeypatch, steps, edit, named):
     monkeypatch.setitem(VARIANTS, "no_box", VARIANTS["no_box"] | edit)
     with pytest.raises(UserError, match=rf"no_box-k5-s2.config\.json.*made with {named};"):
-        labels.run_row("no_box", 5, 2, folder, steps)
+        config = labels.row_config("no_box", 5, 2, folder, steps)
+        rows.run_row(config, "no_box", 5, 2, folder)
     assert [path.name for path in folder.iterdir()] == ["no_box-k5-s2"]  # before data are made
 
 

@@ -1,0 +1,150 @@
+"""Numbers over seeds and patients, from the evaluation folders of many runs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+
+from sammix_jax.data.files import read_json, whole_file
+from sammix_jax.intervals import summarise
+from sammix_jax.results import CASES, RESULTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One trained model scored on one domain.
+
+    Attributes:
+      variant, count, seed, domain: which.
+      folder: of its evaluation, which holds cases.csv and results.json.
+    """
+
+    variant: str
+    count: int
+    seed: int
+    domain: str
+    folder: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A number over S seeds and P patients.
+
+    Attributes:
+      mean: over all.
+      std: between the seeds' means, of the sample; 0 for one seed.
+      low, high: 95% bootstrap interval over patients, each taken as the mean of its seeds; None
+        with too few, and for diagnostics, which are pooled over the slices of all patients.
+      seeds, patients: S, P.
+    """
+
+    mean: float
+    std: float
+    low: float | None
+    high: float | None
+    seeds: int
+    patients: int
+
+
+Key = tuple[str, int, str, str, str]
+
+
+def cells(
+    rows: Iterable[Row],
+    order: Iterable[str],
+    metrics: Collection[str],
+    diagnostics: Mapping[str, str] | None = None,
+) -> dict[Key, Cell]:
+    """Cells by variant, number of labels, domain, protocol and metric.
+
+    The protocol of diagnostics is "". A metric that no patient has gets no cell.
+
+    Args:
+      rows: what was run.
+      order: of the variants in the result; in each, numbers of labels grow.
+      metrics: columns of cases.csv.
+      diagnostics: what results.json says of a whole run, and in which of its parts.
+
+    Raises:
+      ValueError: the seeds of a cell have values of different scans, so that the mean over seeds
+        and the interval over patients would have different centres; or an unknown variant.
+    """
+    rows, order = list(rows), list(order)
+    scores, of_runs = _scores(rows, metrics), _diagnostics(rows, diagnostics or {})
+    found = {key: _score_cell(key, by_seed) for key, by_seed in scores.items()}
+    found |= {
+        key: Cell(*_mean_std([value for value, _ in pairs]), None, None, len(pairs), pairs[0][1])
+        for key, pairs in of_runs.items()
+    }
+    return {key: found[key] for key in sorted(found, key=lambda k: (order.index(k[0]), k[1]))}
+
+
+def _scores(rows: list[Row], metrics: Collection[str]) -> dict[Key, dict[int, dict[str, float]]]:
+    """Values of cases.csv by seed and scan, those that there are."""
+    values: dict[Key, dict[int, dict[str, float]]] = {}
+    for row in rows:
+        with open(row.folder / CASES, newline="") as file:
+            for case in csv.DictReader(file):
+                for metric in metrics:
+                    key = (row.variant, row.count, row.domain, case["protocol"], metric)
+                    by_scan = values.setdefault(key, {}).setdefault(row.seed, {})
+                    if case[metric] != "":
+                        by_scan[case["scan"]] = float(case[metric])
+    return {key: by_seed for key, by_seed in values.items() if any(by_seed.values())}
+
+
+def _diagnostics(
+    rows: list[Row], diagnostics: Mapping[str, str]
+) -> dict[Key, list[tuple[float, int]]]:
+    """A value of results.json and its number of patients for each seed that has one."""
+    values: dict[Key, list[tuple[float, int]]] = {}
+    for row in rows:
+        results = read_json(row.folder / RESULTS)
+        for name, part in diagnostics.items():
+            if (value := results[part][name]) is not None:
+                key = (row.variant, row.count, row.domain, "", name)
+                values.setdefault(key, []).append((value, len(results["scans"])))
+    return values
+
+
+def _score_cell(key: Key, by_seed: dict[int, dict[str, float]]) -> Cell:
+    (first, scans), *others = by_seed.items()
+    for seed, other in others:
+        if set(other) != set(scans):
+            variant, count, domain, protocol, metric = key
+            raise ValueError(
+                f"{variant}, k={count}, {domain}: seeds {first} and {seed} have {metric} under "
+                f"{protocol} of different scans: only one has {sorted(set(scans) ^ set(other))}; "
+                "expected the same scans of every seed."
+            )
+    values = np.array([[by_scan[name] for name in scans] for by_scan in by_seed.values()])  # (S, P)
+    moments = summarise(values.mean(axis=0).tolist())
+    mean_std = _mean_std(values.mean(axis=1).tolist())
+    return Cell(*mean_std, moments.low, moments.high, *values.shape)
+
+
+def _mean_std(seeds: list[float]) -> tuple[float, float]:
+    return float(np.mean(seeds)), float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
+
+
+def write_csv(found: dict[Key, Cell], path: pathlib.Path) -> None:
+    """Every cell, a line each; no protocol for diagnostics."""
+    columns = ("variant", "labelled_slices", "domain", "protocol", "metric")
+    with whole_file(path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow((*columns, *(field.name for field in dataclasses.fields(Cell))))
+        for key, cell in found.items():
+            writer.writerow((*key, *dataclasses.astuple(cell)))
+
+
+def cell_text(cell: Cell | None, digits: int, interval: bool = True) -> str:
+    if cell is None:
+        return "–"
+    text = f"{cell.mean:.{digits}f}" + (f" ± {cell.std:.{digits}f}" if cell.seeds > 1 else "")
+    if interval and cell.low is not None:
+        text += f" [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
+    return text

@@ -1,0 +1,110 @@
+"""The paper's comparison on the phantom: systems × labelled slices × seeds × two domains.
+
+    make bench-paper
+    make bench-paper ARGS="--seeds 0 --counts 50 --systems unet samed sam_mix sam_mix_random"
+
+Each row is a workdir below --workdir; a finished one is taken as it is, one that was stopped goes
+on, so that the rows may be split over several runs or machines that share the folder. Writes
+paper.md, paper.csv, paper.png and steps.png there after each row, from all finished rows.
+"""
+
+import argparse
+import itertools
+import logging
+import os
+import pathlib
+import sys
+import time
+
+import jax
+
+from benchmarks.cells import Row, write_csv
+from benchmarks.paper_tables import (
+    best_baseline,
+    markdown,
+    paper_cells,
+    plot_labels,
+    plot_steps,
+)
+from benchmarks.rows import DOMAINS, place_row, run_row
+from configs import paper
+from sammix_jax.errors import UserError
+
+# SAM-PP-0 learns from nothing: one row of it serves all.
+UNTRAINED = "sam_pp_0"
+SHOWN_COUNT = 50  # whose learning curves are drawn
+
+
+def row_config(system: str, count: int, seed: int, folder: pathlib.Path, share: float = 1.0):
+    """The config of one row.
+
+    Args:
+      share: of the steps of its budget; validation comes as many times.
+
+    Raises:
+      UserError: no such system.
+    """
+    config = paper.get_config(system)
+    place_row(config, count, seed, folder)
+    config.train.steps = round(config.train.steps * share)
+    config.train.warmup_steps = round(config.train.warmup_steps * share)
+    config.log.validate_every_steps = round(config.log.validate_every_steps * share)
+    return config
+
+
+def planned(systems, counts, seeds):
+    """(seed, count, system) of every row; seeds outermost, so that a run that is cut short has all
+    rows of the first seed."""
+    for seed, count, system in itertools.product(seeds, counts, systems):
+        if system != UNTRAINED or (seed, count) == (seeds[0], counts[0]):
+            yield seed, count, system
+
+
+def write_tables(rows: list[Row], folder: pathlib.Path) -> str:
+    """Writes the table and figures of these rows; returns the table."""
+    found = paper_cells(rows)
+    write_csv(found, folder / "paper.csv")
+    table = markdown(found, DOMAINS)
+    (folder / "paper.md").write_text(table)
+    plot_labels(found, DOMAINS, folder / "paper.png")
+    best = best_baseline(found, DOMAINS[0], SHOWN_COUNT)
+    runs = {
+        system: sorted(folder.glob(f"{system}-k{SHOWN_COUNT}-s*"))
+        for system in ("sam_mix", best)
+        if system
+    }
+    runs = {system: found for system, found in runs.items() if found}
+    if runs:
+        plot_steps(runs, folder / "steps.png")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/paper"))
+    parser.add_argument("--systems", nargs="+", choices=paper.SYSTEMS, default=list(paper.SYSTEMS))
+    parser.add_argument("--counts", nargs="+", type=int, default=[5, 50, 100])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--share", type=float, default=1.0, help="of each system's steps")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("sammix_jax").setLevel(logging.INFO)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = pathlib.Path.home() / ".cache" / "sammix_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+    rows = []
+    for seed, count, system in planned(args.systems, args.counts, args.seeds):
+        begin = time.monotonic()
+        try:
+            config = row_config(system, count, seed, args.workdir, args.share)
+            rows += run_row(config, system, count, seed, args.workdir)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        print(f"{system} k={count} seed={seed}: {time.monotonic() - begin:.0f} s", flush=True)
+        table = write_tables(rows, args.workdir)
+    print(f"\n{table}")
+
+
+if __name__ == "__main__":
+    main()

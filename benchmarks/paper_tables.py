@@ -1,0 +1,124 @@
+"""Table and figures of the paper's comparison, from each row's evaluation folder."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+
+from matplotlib.figure import Figure
+
+from benchmarks.cells import Cell, Key, Row, cell_text, cells
+from configs.paper import SYSTEMS
+from sammix_jax import figures
+from sammix_jax.train_log import read_log
+
+# Per volume and in mm, then per slice of those that show the organ and in pixels, as in the paper.
+METRICS = {"dice": 3, "hd95_mm": 1, "slice_dice": 3, "slice_hausdorff_px": 1}  # digits shown
+NAMES = {
+    "unet": "U-Net",
+    "nnunet": "nnU-Net's form",
+    "transunet": "TransU-Net",
+    "multimix": "MultiMix",
+    "sam_pp_0": "SAM-PP-0",
+    "sam_pp": "SAM-PP",
+    "samed": "SAMed-style",
+    "labelled_only": "SAM-Mix, labelled slices only",
+    "sam_mix": "SAM-Mix",
+    "sam_mix_random": "SAM-Mix, SAM from random weights",
+}
+# Under which a system stands in the table; the answer goes into those that begin with gt.
+HEADLINES = {"sam_pp_0": "gt_points", "sam_pp": "gt_points"} | dict.fromkeys(
+    ("labelled_only", "sam_mix", "sam_mix_random"), "cam"
+)
+
+
+def headline(system: str) -> str:
+    return HEADLINES.get(system, "none")
+
+
+def paper_cells(rows: Iterable[Row]) -> dict[Key, Cell]:
+    """What the table is made of; systems in the order of `configs.paper.SYSTEMS`."""
+    return cells(rows, SYSTEMS, METRICS)
+
+
+def markdown(found: dict[Key, Cell], domains: tuple[str, str]) -> str:
+    """The table: a row for each system and number of labels, both domains side by side."""
+    head = ["system", "k", "protocol", "seeds"]
+    for domain in domains:
+        head += [f"{domain}: Dice", "HD95 [mm]", "slice Dice", "slice HD [px]"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for system, count in dict.fromkeys(key[:2] for key in found):
+        protocol = headline(system)
+        known = [found.get((system, count, domain, protocol, "dice")) for domain in domains]
+        seeds = next((str(cell.seeds) for cell in known if cell), "–")
+        row = [NAMES[system], str(count), _marked(protocol), seeds]
+        row += [
+            cell_text(found.get((system, count, domain, protocol, metric)), digits, interval=False)
+            for domain in domains
+            for metric, digits in METRICS.items()
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_labels(found: dict[Key, Cell], domains: tuple[str, str], path: pathlib.Path) -> None:
+    """Dice over the number of labels under each system's headline; bars are one std of seeds."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    counts = sorted({key[1] for key in found})
+    systems = [s for s in dict.fromkeys(key[0] for key in found) if s != "sam_pp_0"]
+    for axis, domain in zip(figure.subplots(1, len(domains), sharey=True), domains, strict=True):
+        for i, system in enumerate(systems):
+            known = {
+                count: cell
+                for count in counts
+                if (cell := found.get((system, count, domain, headline(system), "dice")))
+            }
+            axis.errorbar(
+                [count * (1 + 0.012 * (i - len(systems) / 2)) for count in known],
+                [cell.mean for cell in known.values()],
+                yerr=[cell.std for cell in known.values()],
+                marker="o",
+                capsize=3,
+                linestyle="--" if headline(system).startswith("gt") else "-",
+                label=NAMES[system] + (", oracle" if headline(system).startswith("gt") else ""),
+            )
+        axis.set(title=f"phantom, {domain}", xlabel="labelled slices", xscale="log")
+        axis.set_xticks(counts, [str(count) for count in counts], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("Dice per volume")
+    figure.axes[-1].legend(fontsize=8)
+    figures.save(figure, path)
+
+
+def plot_steps(workdirs: dict[str, list[pathlib.Path]], path: pathlib.Path) -> None:
+    """Dice on the validation patients over steps, a line for each run.
+
+    Args:
+      workdirs: system → its runs of one number of labels.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, (system, runs) in enumerate(workdirs.items()):
+        for j, run in enumerate(runs):
+            curve = [(step, value) for step, name, value in read_log(run) if name == "val/dice"]
+            label = NAMES[system] if j == 0 else None
+            axis.plot(*zip(*curve, strict=True), color=f"C{i}", marker=".", label=label)
+    axis.set(xscale="log", xlabel="steps", ylabel="Dice, validation patients")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figures.save(figure, path)
+
+
+def best_baseline(found: dict[Key, Cell], domain: str, count: int) -> str | None:
+    """The system with the highest Dice among those that see the image alone and are no SAM-Mix."""
+    known = {
+        key[0]: cell.mean
+        for key, cell in found.items()
+        if key[1:] == (count, domain, "none", "dice") and headline(key[0]) == "none"
+    }
+    return max(known, key=known.get) if known else None
+
+
+def _marked(protocol: str) -> str:
+    return f"`{protocol}`, oracle" if protocol.startswith("gt") else f"`{protocol}`"

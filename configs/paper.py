@@ -1,0 +1,69 @@
+"""The paper's comparison in small: few labels on a pretrained SAM against the best baseline.
+
+Command   make bench-paper     (all rows; stop it and run it again, it goes on)
+          python -m sammix_jax.main --config=configs/paper.py:SYSTEM \
+              --config.data.labelled_slices=K --config.seed=S --config.data.labels_seed=S \
+              --workdir=DIR     (one row)
+Data      phantom abdomens, as configs/quickstart.py; S draws the K labelled slices and the weights
+Labels    K counts the training masks alone: all slices of the 15 patients that train give their
+          image-level label to the systems that can use it, and the 3 that validate have masks on
+          every slice, which choose the best checkpoint of every system
+Model     all at 128 pixels; SAM is the mini of weights/, pretrained on drawn shapes
+Budget    SAM-Mix a tenth of the steps of the baselines, as in the paper
+Expected  docs/results.md
+
+Learning rates and augmentation are those that validated best, see benchmarks/paper_tuning.py.
+"""
+
+from configs import quickstart
+from configs.baselines import (
+    multimix,
+    nnunet,
+    sam_mix_labelled_only,
+    sam_pp,
+    samed,
+    transunet,
+    unet,
+)
+from sammix_jax.errors import UserError
+
+WEIGHTS = "weights/sam_mini.safetensors"
+STEPS, BASELINE_STEPS = 300, 3000
+# The frozen encoder with LoRA, the decoder whole: the paper's.
+LORA = (
+    r"sam/image_encoder/.*/lora_.*",
+    r"sam/prompt_encoder/(?!position_encoding).*",
+    r"sam/mask_decoder/.*",
+    r"(classifier|fusion)/.*",
+)
+PRETRAINED = {"model.sam_weights": WEIGHTS}
+BASELINE = {"train.steps": BASELINE_STEPS, "log.validate_every_steps": 300}
+# How SAM-Mix and its part without other slices learn.
+SAM_MIX = {"train.steps": STEPS, "log.validate_every_steps": 50}
+
+SYSTEMS = {
+    "unet": (unet.get_config, BASELINE),
+    "nnunet": (nnunet.get_config, BASELINE),
+    "transunet": (transunet.get_config, BASELINE),
+    "multimix": (multimix.get_config, BASELINE),
+    "sam_pp_0": (sam_pp.get_config, PRETRAINED | {"train.epochs": 0.0, "train.steps": 0}),
+    "sam_pp": (sam_pp.get_config, PRETRAINED | BASELINE),
+    "samed": (samed.get_config, PRETRAINED | BASELINE),
+    "labelled_only": (sam_mix_labelled_only.get_config, PRETRAINED | SAM_MIX),
+    "sam_mix": (quickstart.get_config, PRETRAINED | SAM_MIX),
+    "sam_mix_random": (quickstart.get_config, {"model.sam_weights": ""} | SAM_MIX),
+}
+
+
+def get_config(system: str = "sam_mix"):
+    """The config of a system.
+
+    Raises:
+      UserError: no such system.
+    """
+    if system not in SYSTEMS:
+        raise UserError(f"config: no system {system!r}: expected one of {', '.join(SYSTEMS)}.")
+    make, fields = SYSTEMS[system]
+    config = make()
+    config.update_from_flattened_dict(fields)
+    return config

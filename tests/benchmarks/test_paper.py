@@ -1,0 +1,148 @@
+"""The paper's comparison: which rows there are, what they differ in, and what the table says."""
+
+import csv
+
+import pytest
+from matplotlib.image import imread
+
+from benchmarks import paper, paper_tuning
+from benchmarks.cells import Row
+from benchmarks.paper_tables import (
+    HEADLINES,
+    NAMES,
+    best_baseline,
+    headline,
+    markdown,
+    paper_cells,
+    plot_steps,
+)
+from benchmarks.rows import DOMAINS
+from configs.paper import BASELINE_STEPS, STEPS, SYSTEMS, WEIGHTS, get_config
+from sammix_jax.config_rules import check_config
+from sammix_jax.data.files import write_json
+from sammix_jax.errors import UserError
+from sammix_jax.systems.named import make_system
+
+
+@pytest.fixture
+def row(tmp_path):
+    """Makes the files of one row, with one Dice for each of two scans and protocols."""
+
+    def make(system, dice, count=50, seed=0, domain=DOMAINS[0], protocols=None):
+        folder = tmp_path / f"{system}-k{count}-s{seed}" / domain
+        folder.mkdir(parents=True)
+        columns = ("scan", "protocol", "dice", "hd95_mm", "slice_dice", "slice_hausdorff_px")
+        with open(folder / "cases.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            for scan, value in zip("ab", dice, strict=True):
+                for protocol in protocols or (headline(system),):
+                    writer.writerow((scan, protocol, value, 12.34, value - 0.1, 7))
+        write_json(folder / "results.json", {"scans": ["a", "b"]})
+        return Row(system, count, seed, domain, folder)
+
+    return make
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_is_sound_named_and_stands_under_its_own_headline(system):
+    config = get_config(system)
+    check_config(config)
+    assert make_system(config).headline == headline(system)
+    assert headline(system) in config.evaluate.protocols
+    assert system in NAMES
+
+
+def test_all_rows_share_data_and_differ_in_system_labels_and_seed(tmp_path):
+    configs = [paper.row_config(system, 5, 2, tmp_path) for system in SYSTEMS]
+    for config in configs:
+        assert config.data.to_dict() == configs[0].data.to_dict()
+        assert config.seed == config.data.labels_seed == 2
+        assert config.data.labelled_slices == 5
+        assert config.model.image_size == 128
+
+
+def test_sam_mix_has_a_tenth_of_the_baselines_steps():
+    assert BASELINE_STEPS == 10 * STEPS
+    budgets = {system: get_config(system).train.steps for system in SYSTEMS}
+    assert {s for s, steps in budgets.items() if steps == STEPS} == {
+        s for s, protocol in HEADLINES.items() if protocol == "cam"
+    }
+    assert budgets.pop("sam_pp_0") == 0
+    assert set(budgets.values()) == {STEPS, BASELINE_STEPS}
+
+
+def test_who_starts_from_the_pretrained_sam():
+    start = {system: get_config(system).model.sam_weights for system in SYSTEMS}
+    sams = {"sam_pp_0", "sam_pp", "samed", "labelled_only", "sam_mix"}
+    assert {system for system, weights in start.items() if weights == WEIGHTS} == sams
+    assert {start[system] for system in SYSTEMS if system not in sams} == {""}
+
+
+def test_rows_come_seed_by_seed_and_what_learns_nothing_comes_once():
+    rows = list(paper.planned(list(SYSTEMS), [5, 50], [3, 4]))
+    assert len(rows) == len(set(rows)) == (len(SYSTEMS) - 1) * 4 + 1
+    assert [seed for seed, _, _ in rows] == sorted(seed for seed, _, _ in rows)
+    assert [row for row in rows if row[2] == "sam_pp_0"] == [(3, 5, "sam_pp_0")]
+
+
+def test_the_table_has_a_row_for_each_system_and_says_who_was_told_the_answer(row):
+    rows = [
+        row("unet", (0.6, 0.8)),
+        row("unet", (0.5, 0.7), seed=1),
+        row("unet", (0.3, 0.5), domain=DOMAINS[1]),
+        row("unet", (0.3, 0.5), seed=1, domain=DOMAINS[1]),
+        row("sam_pp", (0.9, 0.9)),
+        row("sam_mix", (0.8, 0.9), protocols=("cam", "gt_box")),
+    ]
+    lines = [
+        [part.strip() for part in line.strip("|").split("|")]
+        for line in markdown(paper_cells(rows), DOMAINS).splitlines()
+    ]
+    head, _, unet, sam_pp, sam_mix = lines
+    assert all(len(line) == len(head) == 12 for line in lines)
+    assert unet[:4] == ["U-Net", "50", "`none`", "2"]
+    assert unet[4] == "0.650 ± 0.071" and unet[6] == "0.550 ± 0.071"
+    assert unet[8] == "0.400 ± 0.000" and unet[5] == "12.3 ± 0.0"
+    assert sam_pp[2] == "`gt_points`, oracle" and sam_pp[8] == "–"
+    assert sam_mix[2] == "`cam`" and sam_mix[4] == "0.850"
+
+
+def test_the_best_baseline_is_one_that_nobody_prompts(row):
+    rows = [row("unet", (0.6, 0.8)), row("samed", (0.7, 0.8)), row("sam_pp", (0.9, 0.9))]
+    rows.append(row("sam_mix", (0.9, 0.9), protocols=("cam", "none")))
+    found = paper_cells(rows)
+    assert best_baseline(found, DOMAINS[0], 50) == "samed"
+    assert best_baseline(found, DOMAINS[0], 5) is None
+
+
+def test_tables_and_figures_are_written_and_drawn(row, tmp_path):
+    rows = [row("unet", (0.6, 0.8)), row("sam_mix", (0.8, 0.9))]
+    for system, curve in (("unet", (0.2, 0.5)), ("sam_mix", (0.6, 0.8))):
+        lines = [f"{100 * i + 100},val/dice,{value}" for i, value in enumerate(curve)]
+        text = "\n".join(["step,metric,value", *lines])
+        (tmp_path / f"{system}-k50-s0" / "metrics.csv").write_text(text)
+    assert paper.write_tables(rows, tmp_path) == (tmp_path / "paper.md").read_text()
+    with open(tmp_path / "paper.csv", newline="") as file:
+        assert {line["variant"] for line in csv.DictReader(file)} == {"unet", "sam_mix"}
+    for name in ("paper.png", "steps.png"):
+        assert imread(tmp_path / name).std() > 0.01
+    plot_steps({"unet": [tmp_path / "unet-k50-s0"]}, tmp_path / "one.png")
+    assert (imread(tmp_path / "one.png") != imread(tmp_path / "steps.png")).any()
+
+
+def test_no_such_system():
+    with pytest.raises(UserError, match="no system 'unetr'"):
+        get_config("unetr")
+
+
+def test_every_setting_of_a_grid_is_sound(tmp_path):
+    for system in SYSTEMS:
+        if system == "sam_pp_0":
+            continue
+        found = list(paper_tuning.settings(system))
+        assert len(found) == (1 if system in paper_tuning.GRID else 6)
+        for fields in found:
+            config = paper.row_config(system, 50, paper_tuning.SEED, tmp_path)
+            config.update_from_flattened_dict(fields)
+            check_config(config)
