@@ -38,7 +38,7 @@ def collect(
     config,
     workdir,
     cases: Sequence[Case],
-    guidance: Sequence[Guidance],
+    guidance: Sequence[Guidance] | None,
     faults: Sequence[str],
     trained_on: Sequence[str],
     digests: Mapping[str, str] | None = None,
@@ -48,14 +48,15 @@ def collect(
     Args:
       config, workdir: the run's.
       cases: of every scan under every protocol.
-      guidance: of every scan.
+      guidance: of every scan; None of a method without a classifier, which then has neither
+        "classifier" nor "prompt", but None for both.
       faults: what is wrong with each scan that could not be scored.
       trained_on: names of the scans that trained the model.
       digests: of each scan by name, what `over_seeds` knows it by.
     """
     workdir = as_path(workdir)
     protocols = [p for p in PROTOCOLS if any(case.protocol == p for case in cases)]
-    classifier, prompt = summarise_guidance(guidance)
+    classifier, prompt = (None, None) if guidance is None else summarise_guidance(guidance)
     return {
         "evaluate": json.loads(config.evaluate.to_json()),
         "summary": {p: summarise_cases([c for c in cases if c.protocol == p]) for p in protocols},
