@@ -85,7 +85,7 @@ def evaluate(config, workdir) -> Evaluation:
       IncompleteEvaluation: some bad scans, once all others are scored and written.
     """
     protocols = scored_protocols(make_system(config), config.evaluate.protocols)
-    scans, faults = _scans(config, workdir)
+    scans, faults = scans_to_score(config, workdir)
     system, variables = load_model(config, workdir)
     predict = make_predict(system, config, protocols)
     trained = training_scans(config, workdir)
@@ -99,13 +99,13 @@ def evaluate(config, workdir) -> Evaluation:
     cases, guidance, examples, seen, digests = [], [], [], [], {}
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=None):
         try:
-            known = _read(scan, config)
+            known = read_labelled(scan, config)
             prediction = predict_volume(predict, variables, known.volume, known.truth, config)
         except UserError as error:
             _LOG.error("%s", error)
             faults.append(str(error))
             continue
-        found = _digests(known, prediction)
+        found = scan_digests(known, prediction)
         digests[scan.name] = "-".join(found)
         if trained.digests.intersection(found):
             seen.append(scan.name)
@@ -128,9 +128,16 @@ def evaluate(config, workdir) -> Evaluation:
     return evaluation
 
 
-def _scans(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
-    """The labelled scans to score, of the configured part or of another folder; and what is wrong
-    with those that were drawn and cannot be read."""
+def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
+    """The labelled scans to score, and what is wrong with those that were drawn and cannot be read.
+
+    Args:
+      config: the run's; `evaluate` names a part of the split or another folder.
+      workdir: a workdir that keeps its split.
+
+    Raises:
+      UserError: no such scans.
+    """
     if config.evaluate.root:
         return _other_scans(config)
     if config.evaluate.scans:
@@ -189,7 +196,7 @@ def _draw(scans: list[datasets.Scan], config) -> tuple[list[datasets.Scan], list
         if len(drawn) == wanted:
             break
         try:
-            shows = _read(ordered[i], config).organ_pixels.any()
+            shows = read_labelled(ordered[i], config).organ_pixels.any()
         except UserError as error:
             faults.append(str(error))
             continue
@@ -209,7 +216,12 @@ def _listed(faults: list[str]) -> str:
     return "".join(f"\n  {fault}" for fault in faults)
 
 
-def _read(scan: datasets.Scan, config) -> LabelledScan:
+def read_labelled(scan: datasets.Scan, config) -> LabelledScan:
+    """Reads a scan and its mask, in canonical orientation.
+
+    Raises:
+      UserError: as `volumes.read_volume` and `volumes.read_mask`.
+    """
     volume = volumes.read_volume(scan.image)
     truth = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
     depth, data = len(truth), config.data
@@ -221,8 +233,11 @@ def _read(scan: datasets.Scan, config) -> LabelledScan:
     )
 
 
-def _digests(scan: LabelledScan, prediction: VolumePrediction) -> tuple[str, str]:
-    """With the mask, and of the image alone; as preparing and training know the scan."""
+def scan_digests(scan: LabelledScan, prediction: VolumePrediction) -> tuple[str, str]:
+    """With the mask, and of the image alone; as preparing and training know the scan.
+
+    Of the prediction `hu` alone is read.
+    """
     shape, kept = scan.truth.shape, scan.kept or range(len(scan.truth))
     organ_pixels = scan.organ_pixels[scan.kept.start : scan.kept.stop]
     return (

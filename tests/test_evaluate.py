@@ -15,7 +15,7 @@ from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import training_scans
 from sammix_jax.errors import UserError
-from sammix_jax.evaluate import IncompleteEvaluation, _draw, _read, evaluate
+from sammix_jax.evaluate import IncompleteEvaluation, _draw, evaluate, read_labelled
 from sammix_jax.predict import predict
 from sammix_jax.results import results_folder, saved_results
 
@@ -248,12 +248,12 @@ def test_a_draw_passes_over_what_cannot_be_read(drawn_from):
 
 def test_kept_slices_are_those_of_preparing(drawn_from):
     scans, config = drawn_from
-    assert _read(scans[0], config).kept == range(6)
+    assert read_labelled(scans[0], config).kept == range(6)
     config.data.slice_range = (0.5, 1.0)
-    assert _read(scans[0], config).kept == range(3, 6)
+    assert read_labelled(scans[0], config).kept == range(3, 6)
     config.data.slice_range = (0.0, 1.0)
     config.data.central_fraction = 0.5
-    assert _read(scans[0], config).kept == range(2, 3)
+    assert read_labelled(scans[0], config).kept == range(2, 3)
 
 
 def write_hdf5(path):
@@ -275,7 +275,7 @@ def test_slices_of_hdf5_are_kept_already(tmp_path):
     (scan,) = datasets.find_scans(tmp_path, "liver")
     config = default_config()
     config.data.central_fraction = 0.3
-    known = _read(scan, config)
+    known = read_labelled(scan, config)
     assert known.kept == range(6)
     assert (known.organ_pixels > 0).tolist() == [False, False, True, True, True, True]
     assert not known.volume.has_spacing
