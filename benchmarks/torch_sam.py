@@ -14,8 +14,8 @@ from sammix_jax.models.sam import SamVariant
 
 
 @functools.cache
-def modeling():
-    """`segment_anything.modeling`, without needing torchvision.
+def package():
+    """The package `segment_anything`, without needing torchvision.
 
     Only the package's image transforms and mask generator use it. Stand-ins for its names are
     there while the package is imported, and no longer: other libraries ask for torchvision too.
@@ -26,11 +26,16 @@ def modeling():
             stubs[f"torchvision{name}"] = mock.MagicMock()
     sys.modules.update(stubs)
     try:
-        import segment_anything.modeling as found
+        import segment_anything
     finally:
         for name in stubs:
             del sys.modules[name]
-    return found
+    return segment_anything
+
+
+def modeling():
+    """The networks of `package`."""
+    return package().modeling
 
 
 def build_encoder(sizes: SamVariant, side: int) -> nn.Module:
@@ -49,15 +54,16 @@ def build_encoder(sizes: SamVariant, side: int) -> nn.Module:
     )
 
 
-def build_sam(sizes: SamVariant, side: int) -> nn.Module:
-    """The official SAM, built for inputs of (side, side)."""
-    grid = side // sizes.patch_size
+def build_sam(sizes: SamVariant, side: int, grid: tuple[int, int] | None = None) -> nn.Module:
+    """The official SAM, built for inputs of (side, side); its prompt encoder for embeddings of
+    `grid` (h, w), where they are of other inputs."""
+    h, w = grid or (side // sizes.patch_size, side // sizes.patch_size)
     return modeling().Sam(
         image_encoder=build_encoder(sizes, side),
         prompt_encoder=modeling().PromptEncoder(
             embed_dim=sizes.prompt_dim,
-            image_embedding_size=(grid, grid),
-            input_image_size=(side, side),
+            image_embedding_size=(h, w),
+            input_image_size=(h * sizes.patch_size, w * sizes.patch_size),
             mask_in_chans=16,
         ),
         mask_decoder=modeling().MaskDecoder(

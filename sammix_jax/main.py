@@ -116,7 +116,7 @@ def main(argv) -> int:
     return 0
 
 
-def _run(mode: str, workdir: pathlib.Path) -> None:
+def _run(mode: str, workdir: Path) -> None:
     config = _config(mode, workdir)
     check_config(config)
     if mode == "prepare":
@@ -193,7 +193,7 @@ def _named_config():
         raise UserError(f"--config={file}: no such file; there are some in configs/.") from error
 
 
-def _prepare(config, workdir: pathlib.Path) -> SliceStore:
+def _prepare(config, workdir: Path) -> SliceStore:
     """By the first process alone; the others open what it has made."""
     return hosts.first_then_others(
         lambda: prepare.prepare(config, workdir),
@@ -201,7 +201,7 @@ def _prepare(config, workdir: pathlib.Path) -> SliceStore:
     )
 
 
-def _train(config, workdir: pathlib.Path) -> None:
+def _train(config, workdir: Path) -> None:
     store = _prepare(config, workdir)
     trained = train.train(config, workdir, store)
     found = None if trained else results.saved_results(config, workdir)

@@ -148,14 +148,18 @@ class BatchLayout:
 
     def rest(self, x: jax.Array) -> jax.Array:
         """(B, ...) → (U, ...), the other slices of one microbatch."""
-        grouped = x.reshape(self.shards, -1, *x.shape[1:])  # (B, ...) → (G, B / G, ...)
-        return grouped[:, self.labelled // self.shards :].reshape(-1, *x.shape[1:])  # → (U, ...)
+        return _of_each(x, slice(self.labelled // self.shards, None), self.shards)
 
 
 def first_of_each(x: jax.Array, count: int, shards: int) -> jax.Array:
     """(B, ...) → (count, ...): as many of the first rows of each shard."""
+    return _of_each(x, slice(0, count // shards), shards)
+
+
+def _of_each(x: jax.Array, rows: slice, shards: int) -> jax.Array:
+    """(B, ...) → (n, ...): these rows of each shard."""
     grouped = x.reshape(shards, -1, *x.shape[1:])  # (B, ...) → (G, B / G, ...)
-    return grouped[:, : count // shards].reshape(-1, *x.shape[1:])  # (G, n, ...) → (G · n, ...)
+    return grouped[:, rows].reshape(-1, *x.shape[1:])  # (G, n / G, ...) → (n, ...)
 
 
 def batch_layout(train, mesh: Mesh) -> BatchLayout:

@@ -1,16 +1,14 @@
 """The official PyTorch SAM with random weights, and those weights in this project's tree."""
 
-import functools
-import importlib.util
 import re
-import sys
-from unittest import mock
 
 import numpy as np
 from flax import traverse_util
 
 try:
     import torch
+
+    from benchmarks import torch_sam
 except ImportError:  # the parity tests skip themselves then
     torch = None
 
@@ -44,24 +42,9 @@ _NAMES = [
 ]
 
 
-@functools.cache
 def official():
-    """The official `segment_anything` package, without needing torchvision.
-
-    Only its mask generator and image transforms use torchvision; nothing here does, so that
-    names alone stand in for it while the package is imported.
-    """
-    stubs = {}
-    if importlib.util.find_spec("torchvision") is None:
-        for name in ("", ".ops", ".ops.boxes", ".transforms", ".transforms.functional"):
-            stubs[f"torchvision{name}"] = mock.MagicMock()
-    sys.modules.update(stubs)
-    try:
-        import segment_anything
-    finally:
-        for name in stubs:
-            del sys.modules[name]
-    return segment_anything
+    """The official `segment_anything` package, without needing torchvision."""
+    return torch_sam.package()
 
 
 def port(state):
@@ -94,39 +77,8 @@ def port(state):
 
 def build(sizes, grid=None):
     """The official model of these sizes with every weight random, none left at 0 or 1."""
-    h, w = grid or (sizes.grid_size, sizes.grid_size)
-    modeling = official().modeling
     torch.manual_seed(0)
-    model = modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(
-            img_size=sizes.image_size,
-            patch_size=sizes.patch_size,
-            embed_dim=sizes.embed_dim,
-            depth=sizes.depth,
-            num_heads=sizes.num_heads,
-            out_chans=sizes.prompt_dim,
-            norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=sizes.window_size,
-            global_attn_indexes=sizes.global_blocks,
-        ),
-        prompt_encoder=modeling.PromptEncoder(
-            embed_dim=sizes.prompt_dim,
-            image_embedding_size=(h, w),
-            input_image_size=(h * sizes.patch_size, w * sizes.patch_size),
-            mask_in_chans=16,
-        ),
-        mask_decoder=modeling.MaskDecoder(
-            transformer_dim=sizes.prompt_dim,
-            transformer=modeling.TwoWayTransformer(
-                depth=2,
-                embedding_dim=sizes.prompt_dim,
-                num_heads=sizes.decoder_heads,
-                mlp_dim=sizes.decoder_mlp_dim,
-            ),
-            iou_head_hidden_dim=sizes.prompt_dim,
-        ),
-    )
+    model = torch_sam.build_sam(sizes, sizes.image_size, grid)
     with torch.no_grad():
         for name, leaf in model.named_parameters():
             if "rel_pos" in name or "pos_embed" in name:
