@@ -168,6 +168,18 @@ TESTED = {
         "test_the_true_box_prompts_in_training_where_asked_for": ("train.box",),
         "test_the_classifier_warms_up_alone": ("train.classifier_warmup_steps",),
     },
+    "pretrain/test_pretrain_step.py": {
+        "test_prompts_and_rounds_say_how_often_a_scene_is_asked": (
+            "pretrain.prompts",
+            "pretrain.rounds",
+        ),
+    },
+    "pretrain/test_run.py": {
+        "test_images_and_held_out_say_how_many_scenes_are_drawn": (
+            "pretrain.images",
+            "pretrain.held_out",
+        ),
+    },
     "test_weights.py": {
         "test_training_starts_from_both_files": ("model.sam_weights", "model.classifier_weights"),
     },

@@ -9,10 +9,12 @@ import numpy as np
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.config import check_workdir, claim_workdir
 from sammix_jax.data.paths import Path, as_path
+from sammix_jax.errors import UserError
 from sammix_jax.hosts import to_host
 from sammix_jax.loop import Validation, run_steps
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.optim import make_optimiser
+from sammix_jax.pretrain.scenes import SHAPES
 from sammix_jax.pretrain.score import held_out_scenes, make_answer, prompt_ious
 from sammix_jax.pretrain.step import jit_pretrain_step, make_init
 from sammix_jax.sharding import along_batch, make_mesh, state_sharding
@@ -37,6 +39,12 @@ def pretrain(config, workdir) -> Path:
       hosts.Terminated: SIGTERM, once the state is saved.
     """
     check_workdir(config, workdir)
+    prompts = config.pretrain.prompts
+    if prompts % 2 or prompts > SHAPES:
+        raise UserError(
+            f"pretrain.prompts={prompts}: expected an even number, half for boxes and half for "
+            f"points, of {SHAPES} at most, the shapes of a scene."
+        )
 
     # ---- Mesh, model and optimiser
     mesh = make_mesh(config.mesh.fsdp)

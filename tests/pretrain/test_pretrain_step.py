@@ -10,8 +10,13 @@ from configs.pretrain_mini import get_config
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.optim import make_optimiser
 from sammix_jax.pretrain import step as step_module
-from sammix_jax.pretrain.scenes import SHAPES
-from sammix_jax.pretrain.step import choose_shapes, make_init, make_pretrain_step
+from sammix_jax.pretrain.scenes import SHAPES, Scenes
+from sammix_jax.pretrain.step import (
+    choose_shapes,
+    make_init,
+    make_pretrain_step,
+    promptable_loss,
+)
 from sammix_jax.sharding import make_mesh
 
 
@@ -66,6 +71,38 @@ def test_a_step_is_a_function_of_seed_and_step_not_of_where_an_image_lies(tiny):
     _, metrics = step(state, jnp.arange(3))
     np.testing.assert_allclose(turned_metrics["loss"], metrics["loss"], rtol=1e-5)
     assert abs(float(other_metrics["loss"] - metrics["loss"])) > 1e-3
+
+
+@pytest.mark.parametrize(("prompts", "rounds"), [(2, 1), (6, 3)])
+def test_prompts_and_rounds_say_how_often_a_scene_is_asked(prompts, rounds, monkeypatch):
+    config = get_config()
+    config.pretrain.prompts, config.pretrain.rounds = prompts, rounds
+    asked, decode = [], Sam.decode
+
+    def spy(self, embeddings, **prompt):
+        arrays = {name: x for name, x in prompt.items() if hasattr(x, "shape")}
+        asked.append({name: x.shape[1:3] for name, x in arrays.items()})
+        return decode(self, embeddings, **prompt)
+
+    monkeypatch.setattr(Sam, "decode", spy)
+    sam, keys = Sam(variant=TINY), jax.random.split(jax.random.key(0), 2)
+
+    def loss():
+        scenes = Scenes(jnp.zeros((2, 32, 32)), jnp.zeros((2, SHAPES, 32, 32), bool))
+        variables = sam.init(keys[0], jnp.zeros((1, 32, 32, 3)))
+        asked.clear()
+        return promptable_loss(sam, variables, scenes, keys, config.pretrain, "unit")
+
+    jax.eval_shape(loss)
+    assert len(asked) == 2 * rounds
+    boxes, points = asked[:rounds], asked[rounds:]
+    half = prompts // 2
+    for number, kinds in enumerate(boxes):
+        assert kinds["boxes"][0] == half
+        assert kinds.get("points", (half, 0)) == (half, number)
+        assert ("masks" in kinds) == (number > 0)
+    for number, kinds in enumerate(points):
+        assert "boxes" not in kinds and kinds["points"] == (half, number + 1)
 
 
 def test_shapes_to_prompt_are_neither_specks_nor_the_whole_image():

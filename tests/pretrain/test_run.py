@@ -27,6 +27,28 @@ def config(monkeypatch):
     return config
 
 
+def test_images_and_held_out_say_how_many_scenes_are_drawn(config, tmp_path, monkeypatch):
+    config.pretrain.images, config.pretrain.held_out = 3, 5
+    drawn = []
+
+    def stop(state, train_step, batch_of, steps, **rest):
+        raise InterruptedError(len(batch_of(0)), rest["images"])
+
+    monkeypatch.setattr(run, "held_out_scenes", lambda count, size: drawn.append((count, size)))
+    monkeypatch.setattr(run, "run_steps", stop)
+    with pytest.raises(InterruptedError) as seen:
+        run.pretrain(config, tmp_path)
+    assert seen.value.args == (3, 3)
+    assert drawn == [(5, 32)]
+
+
+@pytest.mark.parametrize("prompts", [3, 14])
+def test_prompts_that_a_scene_cannot_have(config, tmp_path, prompts):
+    config.pretrain.prompts = prompts
+    with pytest.raises(UserError, match=rf"pretrain\.prompts={prompts}: expected an even number"):
+        run.pretrain(config, tmp_path)
+
+
 def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monkeypatch):
     whole = run.pretrain(config, tmp_path / "whole")
     steps = run.run_steps
