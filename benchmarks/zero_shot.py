@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--scans", help="a folder of scans, instead of phantoms and scenes")
     parser.add_argument("--organs", nargs="+", default=ORGANS)
-    parser.add_argument("--normalise", default="unit", help="input.normalise of the pretraining")
+    parser.add_argument("--normalise", default="sam", help="input.normalise of the pretraining")
     flags = parser.parse_args()
     arrays, metadata = read_weights(flags.weights)
     params = traverse_util.unflatten_dict(

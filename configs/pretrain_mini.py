@@ -4,7 +4,8 @@ Command   python -m sammix_jax.main --mode=pretrain --config=configs/pretrain_mi
 Data      procedural scenes (sammix_jax/pretrain/scenes.py), drawn as they are needed and never
           twice; no anatomy
 Model     mini SAM at 128, without LoRA, trained whole
-Recipe    Segment Anything's: box or point, corrections, the answer as a mask prompt; focal and Dice
+Recipe    Segment Anything's: box or point, corrections, the answer as a mask prompt, focal and Dice;
+          besides, image embeddings learn to be alike within a shape (pretrain/step.py)
 Writes    DIR/sam_mini.safetensors, for --config.model.sam_weights
 """
 
@@ -16,14 +17,14 @@ def get_config():
     config.model.sam = "mini"
     config.model.image_size = 128
     config.model.lora_rank = 0
-    config.input.normalise = "unit"
+    config.input.normalise = "sam"
 
     config.train.trainable = (
         r"(image_encoder|mask_decoder)/.*",
         r"prompt_encoder/(?!position_encoding).*",
     )
-    config.train.steps = 4000
-    config.train.learning_rate = 8e-4
+    config.train.steps = 6000
+    config.train.learning_rate = 1e-3
     config.train.schedule = "cosine"
     config.train.warmup_steps = 200
     config.train.weight_decay = 0.05

@@ -32,10 +32,12 @@ class Scenes(NamedTuple):
       images: (B, S, S) float32 in [0, 1].
       masks: (B, SHAPES, S, S) bool, what is seen of each shape; parts that lie within a shape and
         belong to it count.
+      owners: (B, S, S) int32, the number of the shape that lies on top, -1 for the background.
     """
 
     images: jax.Array
     masks: jax.Array
+    owners: jax.Array
 
 
 class _Place(NamedTuple):
@@ -51,8 +53,8 @@ def draw_scenes(keys: jax.Array, size: int) -> Scenes:
     return Scenes(*jax.vmap(lambda key: _draw_scene(key, size))(keys))
 
 
-def _draw_scene(key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    places_key, warp_key, shapes_key, paint_key, finish_key = jax.random.split(key, 5)
+def _draw_scene(key: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    places_key, warp_key, shapes_key, paint_key, finish_key, few_key = jax.random.split(key, 6)
     places = _place_shapes(places_key)
     keys = jax.random.split(shapes_key, SHAPES)
     # Fields are near to linear, so every other pixel tells those between.
@@ -62,8 +64,14 @@ def _draw_scene(key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         keys, places.centre, places.radius, coarse
     )  # (K, s, s)
     fields = jax.image.resize(fields, (SHAPES, size, size), "linear")
+    # From a few shapes to all: in a crowd alone, nothing would be learned but where boxes are.
+    share, draws = jnp.split(jax.random.uniform(few_key, (SHAPES + 1,)), [1])
+    fields = jnp.where((draws < 0.15 + share)[:, None, None], fields, -1.0)
     image = _paint(paint_key, fields, places, _grid(size))
-    return _finish(finish_key, image), _visible(fields > 0, places.parent)
+    inside = fields > 0
+    numbers = jnp.arange(SHAPES)[:, None, None]
+    owners = jnp.where(inside, numbers, -1).max(axis=0)
+    return _finish(finish_key, image), _visible(inside, places.parent), owners
 
 
 def _grid(size: int) -> jax.Array:

@@ -21,7 +21,8 @@ from sammix_jax.pretrain.scenes import Scenes, draw_scenes
 from sammix_jax.sharding import along_batch, gather, replicated
 from sammix_jax.train_step import TrainState, apply_gradients
 
-FOCAL, DICE, IOU = 20.0, 1.0, 1.0  # weights of the loss
+FOCAL, DICE, IOU, AFFINITY = 20.0, 1.0, 1.0, 1.0  # weights of the loss
+SHARPNESS = 5.0  # of the cosine between two embeddings, as a logit
 FIRST_PROMPTS = ("box", "point")
 # Shares of the image that a prompted shape may take.
 SMALLEST, LARGEST = 0.004, 0.7
@@ -111,12 +112,43 @@ def promptable_loss(
         losses += [loss for loss, _ in found]
         metrics[f"iou_{first}"] = found[0][1]
         metrics[f"iou_{first}_corrected"] = found[-1][1]
-    loss = sum(losses) / len(losses)
-    return loss, {"loss": loss, **metrics}
+    affinity = affinity_loss(embeddings, scenes.owners)
+    loss = sum(losses) / len(losses) + AFFINITY * affinity
+    return loss, {"loss": loss, "affinity_loss": affinity, **metrics}
+
+
+def affinity_loss(embeddings: jax.Array, owners: jax.Array) -> jax.Array:
+    """Cells of one shape should be alike, and cells of two unlike.
+
+    Segment Anything begins from an encoder that masked autoencoding has taught to see. A new one
+    learns nothing from prompts as long as the decoder does no better than to fill its boxes, and
+    that is long; this teaches it from every cell at once.
+
+    Args:
+      embeddings: (B, h, w, C).
+      owners: (B, S, S) int32, which shape a pixel belongs to.
+
+    Returns:
+      () float32: cross-entropy of whether two cells of an image have one owner, by the cosine of
+      their embeddings; pairs that have and pairs that have not count alike.
+    """
+    b, h, w, c = embeddings.shape
+    cell = owners.shape[1] // h
+    labels = owners[:, cell // 2 :: cell, cell // 2 :: cell].reshape(b, h * w)  # at cells' centres
+    places = embeddings.astype(jnp.float32).reshape(b, h * w, c)
+    places = places - places.mean(axis=1, keepdims=True)
+    places = places / jnp.maximum(jnp.linalg.norm(places, axis=-1, keepdims=True), 1e-6)
+    logits = SHARPNESS * jnp.einsum("bpc,bqc->bpq", places, places)
+    same = (labels[:, :, None] == labels[:, None, :]).astype(jnp.float32)
+    costs = jax.nn.softplus(logits) - logits * same
+    share = same.mean()
+    return (costs * jnp.where(same > 0, 0.5 / share, 0.5 / jnp.maximum(1 - share, 1e-6))).mean()
 
 
 def choose_shapes(keys: jax.Array, masks: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Draws the shapes to be prompted, among those that are neither specks nor all of the image.
+
+    One that is twice as long and wide is drawn twice as often: there is more to learn from it.
 
     Args:
       keys: (B,) random keys.
@@ -132,7 +164,9 @@ def choose_shapes(keys: jax.Array, masks: jax.Array, count: int) -> tuple[jax.Ar
     coarse = cells.mean(axis=(3, 5)) >= 0.5
     share = coarse.mean(axis=(2, 3))
     sound = (share > SMALLEST) & (share < LARGEST)
-    draws = jax.vmap(lambda key: jax.random.uniform(key, (k,)))(keys) + sound
+    # Gumbel noise on log weights draws without replacement.
+    draws = jax.vmap(lambda key: jax.random.gumbel(key, (k,)))(keys)
+    draws += jnp.where(sound, 0.5 * jnp.log(jnp.maximum(share, SMALLEST)), -1e6)
     order = jnp.argsort(-draws, axis=1)[:, :count]  # (B, P)
     chosen = jnp.take_along_axis(coarse, order[:, :, None, None], axis=1)
     return chosen, jnp.take_along_axis(sound, order, axis=1)

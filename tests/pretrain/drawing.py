@@ -31,6 +31,7 @@ def draw_rectangles(keys: jax.Array, size: int) -> Scenes:
         place = jnp.arange(size)[:, None]
         along = (place >= low[:, None]) & (place < (low + side)[:, None])  # (xy, S, rectangle)
         masks = along[1].T[:, :, None] & along[0].T[:, None, :]  # (rectangle, S, S)
-        return 0.3 * masks.sum(0), masks
+        owners = jnp.where(masks, jnp.arange(2)[:, None, None], -1).max(axis=0)
+        return 0.3 * masks.sum(0), masks, owners
 
     return Scenes(*jax.vmap(draw)(keys))

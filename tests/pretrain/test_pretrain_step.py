@@ -12,6 +12,7 @@ from sammix_jax.optim import make_optimiser
 from sammix_jax.pretrain import step as step_module
 from sammix_jax.pretrain.scenes import SHAPES, Scenes
 from sammix_jax.pretrain.step import (
+    affinity_loss,
     choose_shapes,
     make_init,
     make_pretrain_step,
@@ -88,7 +89,8 @@ def test_prompts_and_rounds_say_how_often_a_scene_is_asked(prompts, rounds, monk
     sam, keys = Sam(variant=TINY), jax.random.split(jax.random.key(0), 2)
 
     def loss():
-        scenes = Scenes(jnp.zeros((2, 32, 32)), jnp.zeros((2, SHAPES, 32, 32), bool))
+        masks = jnp.zeros((2, SHAPES, 32, 32), bool)
+        scenes = Scenes(jnp.zeros((2, 32, 32)), masks, jnp.zeros((2, 32, 32), jnp.int32))
         variables = sam.init(keys[0], jnp.zeros((1, 32, 32, 3)))
         asked.clear()
         return promptable_loss(sam, variables, scenes, keys, config.pretrain, "unit")
@@ -155,6 +157,33 @@ def test_the_loss_is_that_of_the_best_of_three_masks():
         # What goes on is what the model thinks best, not what is best.
         np.testing.assert_array_equal(mask[0, 0], logits[0, 0, 1])
         np.testing.assert_array_equal(mask[1, 0], logits[1, 0, 2])
+
+
+def test_affinity_wants_cells_of_one_shape_alike_and_others_unlike():
+    owners = jnp.full((1, 8, 8), -1).at[:, :, 4:].set(3)  # left and right half; cells of 2 pixels
+    right = (jnp.arange(4) >= 2)[None, None, :, None]  # (1, 1, w, 1)
+    apart = jnp.where(right, jnp.array([2.0, 1.0]), jnp.array([-1.0, 1.0]))
+    apart = jnp.broadcast_to(apart, (1, 4, 4, 2))
+    cost = float(affinity_loss(apart, owners))
+    # Opposite once their mean is taken off: a logit of 5 for each pair, and the right one.
+    np.testing.assert_allclose(cost, np.log1p(np.exp(-5)), rtol=1e-5)
+    swapped = jnp.swapaxes(apart, 1, 2)  # top and bottom alike: half of all pairs are wrong
+    wrong = (np.log1p(np.exp(-5)) + np.log1p(np.exp(5))) / 2
+    np.testing.assert_allclose(float(affinity_loss(swapped, owners)), wrong, rtol=1e-5)
+    # Pairs within a shape weigh as much as pairs across, however few they are.
+    small = jnp.full((1, 8, 8), -1).at[:, :2, :2].set(0)
+    noise = jax.random.normal(jax.random.key(0), (1, 4, 4, 3))
+    zero = jnp.zeros((1, 4, 4, 3))
+    np.testing.assert_allclose(float(affinity_loss(zero, small)), np.log(2), rtol=1e-5)
+    assert float(affinity_loss(noise, small)) != pytest.approx(np.log(2))
+
+
+def test_larger_shapes_are_asked_more_often():
+    masks = jnp.zeros((4000, SHAPES, 32, 32), bool)
+    masks = masks.at[:, 0, :8, :8].set(True).at[:, 1, 8:24, 8:24].set(True)
+    chosen, _ = choose_shapes(jax.random.split(jax.random.key(0), 4000), masks, 1)
+    large = (np.asarray(chosen).sum(axis=(1, 2, 3)) == 64).mean()
+    np.testing.assert_allclose(large, 2 / 3, atol=0.03)
 
 
 def test_prompts_for_shapes_that_are_not_there_cost_nothing():
