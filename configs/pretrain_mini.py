@@ -1,4 +1,4 @@
-"""A promptable SAM of 3.7 M parameters, pretrained on drawn shapes: no weights of it are shipped yet.
+"""A promptable SAM of 3.7 M parameters, pretrained on drawn shapes; no weights are shipped yet.
 
 Command   python -m sammix_jax.main --mode=pretrain --config=configs/pretrain_mini.py --workdir=DIR
 Data      procedural scenes (sammix_jax/pretrain/scenes.py), drawn as they are needed and never
