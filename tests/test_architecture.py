@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import tomllib
 
 import pytest
 
@@ -71,6 +72,12 @@ def test_imports_go_one_way(path):
         if source in ("models", "data"):
             below = (source, "errors", "hosts")
             assert target in below, f"{path}: {source} must not import {target}"
+
+
+def test_every_package_is_installed():
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(PACKAGE.parent) for path in MODULES}
+    assert set(listed["packages"]) == {".".join(folder.parts) for folder in folders}
 
 
 def test_every_module_has_a_place():
