@@ -55,9 +55,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1 / 3, help="of each system's steps")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    print(
-        "| system | learning rate | augmented | Dice, validation |\n|---|---|---|---|", flush=True
-    )
+    print(HEADER, flush=True)
     for system in args.systems:
         for fields in settings(system):
             found = score(system, fields, args.workdir, args.share)

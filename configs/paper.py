@@ -12,7 +12,8 @@ Model     all at 128 pixels; SAM is the mini of weights/, pretrained on drawn sh
 Budget    SAM-Mix a tenth of the steps of the baselines, as in the paper
 Expected  docs/results.md
 
-Learning rates and augmentation are those that validated best, see benchmarks/paper_tuning.py.
+Learning rates and augmentation are still the configs' own: benchmarks/paper_tuning.py chooses them
+on validation and was not run yet.
 """
 
 from configs import quickstart
@@ -29,14 +30,16 @@ from sammix_jax.errors import UserError
 
 WEIGHTS = "weights/sam_mini.safetensors"
 STEPS, BASELINE_STEPS = 300, 3000
-# The frozen encoder with LoRA, the decoder whole: the paper's.
-LORA = (
-    r"sam/image_encoder/.*/lora_.*",
-    r"sam/prompt_encoder/(?!position_encoding).*",
-    r"sam/mask_decoder/.*",
-    r"(classifier|fusion)/.*",
-)
-PRETRAINED = {"model.sam_weights": WEIGHTS}
+PROMPTS, DECODER = r"sam/prompt_encoder/(?!position_encoding).*", r"sam/mask_decoder/.*"
+LORA = r"sam/image_encoder/.*/lora_.*"
+# Images are normalised as they were in pretraining.
+PRETRAINED = {"model.sam_weights": WEIGHTS, "input.normalise": "sam"}
+# What each learns on a pretrained SAM, whose encoder is frozen: as on LiTS.
+TRAINED = {
+    "sam_pp": {"train.trainable": (PROMPTS, DECODER)},
+    "samed": {"train.trainable": (LORA, DECODER)},
+    "sam_mix": {"train.trainable": (LORA, PROMPTS, DECODER, r"(classifier|fusion)/.*")},
+}
 BASELINE = {"train.steps": BASELINE_STEPS, "log.validate_every_steps": 300}
 # How SAM-Mix and its part without other slices learn.
 SAM_MIX = {"train.steps": STEPS, "log.validate_every_steps": 50}
@@ -47,10 +50,13 @@ SYSTEMS = {
     "transunet": (transunet.get_config, BASELINE),
     "multimix": (multimix.get_config, BASELINE),
     "sam_pp_0": (sam_pp.get_config, PRETRAINED | {"train.epochs": 0.0, "train.steps": 0}),
-    "sam_pp": (sam_pp.get_config, PRETRAINED | BASELINE),
-    "samed": (samed.get_config, PRETRAINED | BASELINE),
-    "labelled_only": (sam_mix_labelled_only.get_config, PRETRAINED | SAM_MIX),
-    "sam_mix": (quickstart.get_config, PRETRAINED | SAM_MIX),
+    "sam_pp": (sam_pp.get_config, PRETRAINED | TRAINED["sam_pp"] | BASELINE),
+    "samed": (samed.get_config, PRETRAINED | TRAINED["samed"] | BASELINE),
+    "labelled_only": (
+        sam_mix_labelled_only.get_config,
+        PRETRAINED | TRAINED["sam_mix"] | SAM_MIX,
+    ),
+    "sam_mix": (quickstart.get_config, PRETRAINED | TRAINED["sam_mix"] | SAM_MIX),
     "sam_mix_random": (quickstart.get_config, {"model.sam_weights": ""} | SAM_MIX),
 }
 

@@ -22,7 +22,7 @@ from sammix_jax.train_log import read_log
 SYSTEM_NAMES = {
     "sam_mix": "SAM-Mix",
     "unet": "U-Net",
-    "nnunet": "nnU-Net",
+    "nnunet": "nnU-Net's form",
     "multimix": "MultiMix",
     "transunet": "TransU-Net",
     "prompted_sam": "SAM",

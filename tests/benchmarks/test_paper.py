@@ -2,6 +2,8 @@
 
 import csv
 
+import jax
+import jax.numpy as jnp
 import pytest
 from matplotlib.image import imread
 
@@ -17,10 +19,12 @@ from benchmarks.paper_tables import (
     plot_steps,
 )
 from benchmarks.rows import DOMAINS
+from configs import pretrain_mini
 from configs.paper import BASELINE_STEPS, STEPS, SYSTEMS, WEIGHTS, get_config
 from sammix_jax.config_rules import check_config
 from sammix_jax.data.files import write_json
 from sammix_jax.errors import UserError
+from sammix_jax.optim import split_params
 from sammix_jax.systems.named import make_system
 
 
@@ -77,6 +81,23 @@ def test_who_starts_from_the_pretrained_sam():
     sams = {"sam_pp_0", "sam_pp", "samed", "labelled_only", "sam_mix"}
     assert {system for system, weights in start.items() if weights == WEIGHTS} == sams
     assert {start[system] for system in SYSTEMS if system not in sams} == {""}
+    # Normalised as in pretraining.
+    for system in sams:
+        assert get_config(system).input.normalise == pretrain_mini.get_config().input.normalise
+
+
+@pytest.mark.parametrize("system", ["sam_pp", "samed", "labelled_only", "sam_mix"])
+def test_a_pretrained_encoder_stays_frozen_but_for_lora(system):
+    config = get_config(system)
+    images = jnp.zeros((1, config.data.size, config.data.size))
+    made = make_system(config)
+    params = jax.eval_shape(lambda: made.init(jax.random.key(0), images))["params"]
+    trained, frozen = split_params(params, config.train.trainable)
+    encoder = {path for path in trained if path.startswith("sam/image_encoder/")}
+    assert all("/lora_" in path for path in encoder)
+    assert bool(encoder) == (system != "sam_pp")
+    assert "sam/image_encoder/patch_embed/kernel" in frozen
+    assert any(path.startswith("sam/mask_decoder/") for path in trained)
 
 
 def test_rows_come_seed_by_seed_and_what_learns_nothing_comes_once():
