@@ -5,5 +5,5 @@
     python -m benchmarks.nnunet score --output=runs/lits-nnunet
 
 `export` hands nnU-Net the masks that train SAM-Mix and no others, `run` prints or runs nnU-Net's
-own commands, `score` scores its masks as this project scores its own. See docs/baselines.md.
+own commands, `score` scores its masks as this project scores its own. See docs/results.md.
 """
