@@ -16,19 +16,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
-import os
 import pathlib
-import sys
-import time
-
-import jax
 
 from benchmarks.cells import write_csv
 from benchmarks.label_tables import label_cells, markdown, plot
-from benchmarks.rows import DOMAINS, place_row, run_row
+from benchmarks.rows import DOMAINS, place_row, run_rows
 from configs import labels
-from sammix_jax.errors import UserError
 from sammix_jax.systems.system import PROTOCOLS
 
 
@@ -55,26 +48,19 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="0 takes the config's")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("sammix_jax").setLevel(logging.INFO)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path.home() / ".cache" / "sammix_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
 
-    rows = []
-    # Seeds outermost: what is cut short has all rows of the first seed.
-    for seed, count, variant in itertools.product(args.seeds, args.counts, args.variants):
-        begin = time.monotonic()
-        try:
-            config = row_config(variant, count, seed, args.workdir, args.steps)
-            rows += run_row(config, variant, count, seed, args.workdir)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        print(f"{variant} k={count} seed={seed}: {time.monotonic() - begin:.0f} s", flush=True)
+    def write(rows) -> None:
         found = label_cells(rows)
         write_csv(found, args.workdir / "labels.csv")
         (args.workdir / "labels.md").write_text(markdown(found, DOMAINS, PROTOCOLS))
         plot(found, DOMAINS, args.workdir / "labels.png")
+
+    run_rows(
+        itertools.product(args.seeds, args.counts, args.variants),
+        lambda variant, count, seed: row_config(variant, count, seed, args.workdir, args.steps),
+        args.workdir,
+        write,
+    )
     print(f"\n{(args.workdir / 'labels.md').read_text()}")
 
 

@@ -10,13 +10,7 @@ paper.md, paper.csv, paper.png and steps.png there after each row, from all fini
 
 import argparse
 import itertools
-import logging
-import os
 import pathlib
-import sys
-import time
-
-import jax
 
 from benchmarks.cells import Row, write_csv
 from benchmarks.paper_tables import (
@@ -26,9 +20,8 @@ from benchmarks.paper_tables import (
     plot_labels,
     plot_steps,
 )
-from benchmarks.rows import DOMAINS, place_row, run_row
+from benchmarks.rows import DOMAINS, place_row, run_rows
 from configs import paper
-from sammix_jax.errors import UserError
 
 # SAM-PP-0 learns from nothing: one row of it serves all.
 UNTRAINED = "sam_pp_0"
@@ -53,8 +46,7 @@ def row_config(system: str, count: int, seed: int, folder: pathlib.Path, share: 
 
 
 def planned(systems, counts, seeds):
-    """(seed, count, system) of every row; seeds outermost, so that a run that is cut short has all
-    rows of the first seed."""
+    """(seed, count, system) of every row."""
     for seed, count, system in itertools.product(seeds, counts, systems):
         if system != UNTRAINED or (seed, count) == (seeds[0], counts[0]):
             yield seed, count, system
@@ -69,11 +61,10 @@ def write_tables(rows: list[Row], folder: pathlib.Path) -> str:
     plot_labels(found, DOMAINS, folder / "paper.png")
     best = best_baseline(found, DOMAINS[0], SHOWN_COUNT)
     runs = {
-        system: sorted(folder.glob(f"{system}-k{SHOWN_COUNT}-s*"))
+        system: workdirs
         for system in ("sam_mix", best)
-        if system
+        if system and (workdirs := sorted(folder.glob(f"{system}-k{SHOWN_COUNT}-s*")))
     }
-    runs = {system: found for system, found in runs.items() if found}
     if runs:
         plot_steps(runs, folder / "steps.png")
     return table
@@ -87,23 +78,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=1.0, help="of each system's steps")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("sammix_jax").setLevel(logging.INFO)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path.home() / ".cache" / "sammix_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-
-    rows = []
-    for seed, count, system in planned(args.systems, args.counts, args.seeds):
-        begin = time.monotonic()
-        try:
-            config = row_config(system, count, seed, args.workdir, args.share)
-            rows += run_row(config, system, count, seed, args.workdir)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        print(f"{system} k={count} seed={seed}: {time.monotonic() - begin:.0f} s", flush=True)
-        table = write_tables(rows, args.workdir)
-    print(f"\n{table}")
+    run_rows(
+        planned(args.systems, args.counts, args.seeds),
+        lambda system, count, seed: row_config(system, count, seed, args.workdir, args.share),
+        args.workdir,
+        lambda rows: write_tables(rows, args.workdir),
+    )
+    print(f"\n{(args.workdir / 'paper.md').read_text()}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
 from benchmarks.cells import Cell, Key, Row, cell_text, cells
-from configs.paper import SYSTEMS
+from configs.paper import SYSTEMS, get_config
 from sammix_jax import figures
+from sammix_jax.systems.named import make_system
+from sammix_jax.systems.system import ORACLES
 from sammix_jax.train_log import read_log
 
 # Per volume and in mm, then per slice of those that show the organ and in pixels, as in the paper.
@@ -26,14 +29,12 @@ NAMES = {
     "sam_mix": "SAM-Mix",
     "sam_mix_random": "SAM-Mix, SAM from random weights",
 }
-# Under which a system stands in the table; the answer goes into those that begin with gt.
-HEADLINES = {"sam_pp_0": "gt_points", "sam_pp": "gt_points"} | dict.fromkeys(
-    ("labelled_only", "sam_mix", "sam_mix_random"), "cam"
-)
 
 
+@functools.cache
 def headline(system: str) -> str:
-    return HEADLINES.get(system, "none")
+    """The protocol under which a system stands in the table; the answer goes into `ORACLES`."""
+    return make_system(get_config(system)).headline
 
 
 def paper_cells(rows: Iterable[Row]) -> dict[Key, Cell]:
@@ -79,8 +80,8 @@ def plot_labels(found: dict[Key, Cell], domains: tuple[str, str], path: pathlib.
                 yerr=[cell.std for cell in known.values()],
                 marker="o",
                 capsize=3,
-                linestyle="--" if headline(system).startswith("gt") else "-",
-                label=NAMES[system] + (", oracle" if headline(system).startswith("gt") else ""),
+                linestyle="--" if headline(system) in ORACLES else "-",
+                label=NAMES[system] + (", oracle" if headline(system) in ORACLES else ""),
             )
         axis.set(title=f"phantom, {domain}", xlabel="labelled slices", xscale="log")
         axis.set_xticks(counts, [str(count) for count in counts], minor=False)
@@ -121,4 +122,4 @@ def best_baseline(found: dict[Key, Cell], domain: str, count: int) -> str | None
 
 
 def _marked(protocol: str) -> str:
-    return f"`{protocol}`, oracle" if protocol.startswith("gt") else f"`{protocol}`"
+    return f"`{protocol}`, oracle" if protocol in ORACLES else f"`{protocol}`"

@@ -13,9 +13,9 @@ import logging
 import pathlib
 
 from benchmarks.paper import row_config
+from benchmarks.rows import make_portal
 from configs import paper
 from sammix_jax import prepare, train
-from sammix_jax.data import phantom
 from sammix_jax.train_log import read_log
 
 SEED, COUNT = 100, 50
@@ -39,10 +39,7 @@ def score(system: str, fields: dict, folder: pathlib.Path, share: float) -> floa
     config.update_from_flattened_dict(fields)
     name = "-".join(f"{field.split('.')[-1]}={value}" for field, value in fields.items())
     workdir = folder / f"tuning-{system}-{name}"
-    made = config.data.phantom
-    phantom.write_lits(
-        config.data.root, made.scans, made.seed, phantom.DOMAINS["portal"], made.unlabelled
-    )
+    make_portal(config)
     train.train(config, workdir, prepare.prepare(config, workdir))
     return max(value for _, metric, value in read_log(workdir) if metric == "val/dice")
 

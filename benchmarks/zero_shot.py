@@ -26,7 +26,6 @@ from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.preprocess import window
 from sammix_jax.pretrain.score import (
-    LEAST_PIXELS,
     Prompted,
     held_out_scenes,
     make_answer,
@@ -36,6 +35,7 @@ from sammix_jax.pretrain.score import (
 from sammix_jax.weights import read_weights
 
 ORGANS = ("liver", "spleen", "kidney_left", "kidney_right")
+LEAST_PIXELS = 16  # of a mask that is scored
 PATIENTS = 6  # of a phantom domain
 SEED = 77  # of phantoms that no config of this project makes
 

@@ -16,6 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from sammix_jax import evaluate, hosts, plan, predict, prepare, report, results, sweep, train
+from sammix_jax.compilation import cache_compilations
 from sammix_jax.config import check_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data.datasets import natural
@@ -94,7 +95,7 @@ _OUTPUT = flags.DEFINE_string(
 def main(argv) -> int:
     if len(argv) > 1:
         return _fail(f"unexpected arguments {argv[1:]}; every option begins with --")
-    _cache_compilations()
+    cache_compilations()
     try:
         hosts.join(_MULTIHOST.value)
         if not hosts.is_first():  # which alone speaks to the user, but for errors
@@ -301,13 +302,6 @@ def _log_to_terminal() -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logger.propagate = False
-
-
-def _cache_compilations() -> None:
-    """Keeps compiled steps between runs, unless the user's environment says where."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = pathlib.Path.home() / ".cache" / "sammix_jax"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 if __name__ == "__main__":

@@ -45,18 +45,29 @@ def make_init(system: System, optimiser: optax.GradientTransformation, config):
     def init() -> TrainState:
         images = jnp.zeros((1, config.data.size, config.data.size))
         variables = system.init(jax.random.key(config.seed), images)
-        trainable, frozen = split_params(variables["params"], config.train.trainable)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            trainable=trainable,
-            frozen=frozen,
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=optimiser.init(trainable),
-            # Copies: the step donates its state, and one buffer cannot be given away twice.
-            teacher=jax.tree.map(jnp.copy, trainable) if config.consistency.weight > 0 else {},
-        )
+        return new_state(variables, optimiser, config)
 
     return init
+
+
+def new_state(variables: dict, optimiser: optax.GradientTransformation, config) -> TrainState:
+    """The state of step 0.
+
+    Args:
+      variables: new ones of a model: "params", and "batch_stats" where there are.
+      optimiser: of the run.
+      config: the run's; reads `train.trainable` and whether there is a teacher.
+    """
+    trainable, frozen = split_params(variables["params"], config.train.trainable)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        frozen=frozen,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimiser.init(trainable),
+        # Copies: the step donates its state, and one buffer cannot be given away twice.
+        teacher=jax.tree.map(jnp.copy, trainable) if config.consistency.weight > 0 else {},
+    )
 
 
 def load_pretrained(state: TrainState, config) -> TrainState:

@@ -36,7 +36,7 @@ LAYERS = [
         "data",
     },
     {"hosts"},
-    {"errors", "flops"},
+    {"errors", "flops", "compilation"},
 ]
 RANK = {name: rank for rank, layer in enumerate(reversed(LAYERS)) for name in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -4,7 +4,17 @@ from configs import lits, quickstart
 from sammix_jax.errors import UserError
 
 VARIANTS = ("phantom", "lits")
-STEPS_OF_PHANTOM = 300
+
+
+def sam_mix_config(data: str):
+    """SAM-Mix's own config on "phantom" or "lits".
+
+    Raises:
+      UserError: no such variant.
+    """
+    if data not in VARIANTS:
+        raise UserError(f"config: no variant {data!r}: expected one of {', '.join(VARIANTS)}.")
+    return quickstart.get_config() if data == "phantom" else lits.get_config()
 
 
 def base_config(data: str):
@@ -19,9 +29,7 @@ def base_config(data: str):
     Raises:
       UserError: no such variant.
     """
-    if data not in VARIANTS:
-        raise UserError(f"config: no variant {data!r}: expected one of {', '.join(VARIANTS)}.")
-    config = quickstart.get_config() if data == "phantom" else lits.get_config()
+    config = sam_mix_config(data)
     config.train.trainable = (".*",)
     config.loss.segmentation = 1.0
     config.loss.bce = 1.0

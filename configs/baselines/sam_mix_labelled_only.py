@@ -11,15 +11,11 @@ Hardware  phantom: 2 CPU cores; LiTS: an accelerator; time not measured yet
 Expected  not measured yet; not in the paper
 """
 
-from configs import lits, quickstart
-from configs.baselines.data import VARIANTS
-from sammix_jax.errors import UserError
+from configs.baselines.data import sam_mix_config
 
 
 def get_config(data="phantom"):
-    if data not in VARIANTS:
-        raise UserError(f"config: no variant {data!r}: expected one of {', '.join(VARIANTS)}.")
-    config = quickstart.get_config() if data == "phantom" else lits.get_config()
+    config = sam_mix_config(data)
     config.train.batch_unlabelled = 0
     if data == "lits":
         config.train.steps = 120_000  # about those of configs/lits.py; an epoch is 50 steps here

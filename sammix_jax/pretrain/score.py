@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from sammix_jax.cam import mask_to_box
 from sammix_jax.losses import mask_iou
-from sammix_jax.models.sam.mask_decoder import MULTIMASK
+from sammix_jax.models.sam.choice import choose_masks
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.preprocess import to_rgb
 from sammix_jax.pretrain.scenes import draw_scenes
@@ -17,7 +17,6 @@ from sammix_jax.pretrain.step import LARGEST, SMALLEST
 
 # Held out: no training step draws from this stream, whatever its seed.
 _HELD_OUT = 2**32 - 1
-LEAST_PIXELS = 16  # of a mask that is scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +80,8 @@ def make_answer(sam: Sam, normalisation: str):
             points = prompt["points"][:, None, None]  # (B, P=1, N=1, xy)
             given = {"points": points, "labels": jnp.ones(points.shape[:3], jnp.int32)}
         logits, iou = bound.decode(embeddings, input_size=size, **given)
-        logits, iou = logits[:, 0, MULTIMASK], iou[:, 0, MULTIMASK]
-        best = jnp.argmax(iou, axis=1)[:, None, None, None]
-        logits = jnp.take_along_axis(logits, best, axis=1)[:, 0]  # (B, s, s)
-        logits = jax.image.resize(logits, masks.shape, "linear", antialias=False)
-        return mask_iou(logits > 0, masks)
+        answers = choose_masks(logits[:, 0], iou[:, 0], size, "argmax_iou", 0)
+        return mask_iou(answers.logits > 0, masks)
 
     return jax.jit(answer)
 

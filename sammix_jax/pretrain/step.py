@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from sammix_jax.losses import dice_costs, focal_costs, mask_iou
 from sammix_jax.models.sam.mask_decoder import MULTIMASK, SINGLE_MASK
 from sammix_jax.models.sam.sam import Sam
-from sammix_jax.optim import merge_params, split_params
+from sammix_jax.optim import merge_params
 from sammix_jax.preprocess import to_rgb
 from sammix_jax.pretrain.prompts import corrections, jittered_boxes, random_points
 from sammix_jax.pretrain.scenes import Scenes, draw_scenes
 from sammix_jax.sharding import along_batch, gather, replicated
-from sammix_jax.train_step import TrainState, apply_gradients
+from sammix_jax.train_step import TrainState, apply_gradients, new_state
 
 FOCAL, DICE, IOU, AFFINITY = 20.0, 1.0, 1.0, 1.0  # weights of the loss
 SHARPNESS = 5.0  # of the cosine between two embeddings, as a logit
@@ -33,16 +33,8 @@ def make_init(sam: Sam, optimiser: optax.GradientTransformation, config):
 
     def init() -> TrainState:
         side = config.model.image_size
-        params = sam.init(jax.random.key(config.seed), jnp.zeros((1, side, side, 3)))["params"]
-        trainable, frozen = split_params(params, config.train.trainable)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            trainable=trainable,
-            frozen=frozen,
-            batch_stats={},
-            opt_state=optimiser.init(trainable),
-            teacher={},
-        )
+        variables = sam.init(jax.random.key(config.seed), jnp.zeros((1, side, side, 3)))
+        return new_state(variables, optimiser, config)
 
     return init
 

@@ -39,14 +39,15 @@ class Segmenter(System):
             keys=keys_for(view.key, DROPOUT),
             mutable=["batch_stats"],
         )
-        found = (output.logits, *output.deep)
-        loss = 0.0
-        for share, logits in zip(deep_supervision_weights(len(found)), found, strict=True):
+        finest, metrics = segmentation(output.logits, view, weights)
+        losses = [finest]
+        for logits in output.deep:
             # Nearest, as nnU-Net brings masks to a coarser grid.
             masks = jax.image.resize(view.masks, logits.shape, "nearest")
-            loss += share * segmentation(logits, view._replace(masks=masks), weights)[0]
+            losses.append(segmentation(logits, view._replace(masks=masks), weights)[0])
+        shares = deep_supervision_weights(len(losses))
+        loss = sum(share * loss for share, loss in zip(shares, losses, strict=True))
         loss *= weights.segmentation
-        _, metrics = segmentation(output.logits, view, weights)
         return loss, (metrics | {"loss": loss}, updates.get("batch_stats", {}))
 
     def predict(self, variables, images, truth, protocols, gate) -> SlicePredictions:

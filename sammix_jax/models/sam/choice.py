@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sammix_jax.models.sam.mask_decoder import MULTIMASK, SINGLE_MASK
+
 MASK_CHOICES = ("argmax_iou", "index", "single")
 
 
@@ -35,8 +37,7 @@ def choose_masks(
         predicted IoU, or the one that `index` names; or the mask for one without ambiguity.
       index: 0 to 2.
     """
-    # Token 0 is for one mask without ambiguity, 1 to 3 for whole, part and subpart.
-    kept = slice(0, 1) if choice == "single" else slice(1, 4)
+    kept = SINGLE_MASK if choice == "single" else MULTIMASK
     logits, iou = low_res_logits[:, kept], iou[:, kept]
     candidates = jax.image.resize(
         logits.astype(jnp.float32), (*logits.shape[:2], *size), "linear", antialias=False
