@@ -5,7 +5,8 @@
 
 Each row is a workdir below --workdir; a finished one is taken as it is, one that was stopped goes
 on, so that the rows may be split over several runs or machines that share the folder. Writes
-paper.md, paper.csv, paper.png and steps.png there after each row, from all finished rows.
+paper.md, paper.csv, paper.png and steps.png there after each row, from all finished rows of the
+folder.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from benchmarks.paper_tables import (
     plot_labels,
     plot_steps,
 )
-from benchmarks.rows import DOMAINS, place_row, run_rows
+from benchmarks.rows import DOMAINS, place_row, row_folder, run_rows
 from configs import paper
 
 # SAM-PP-0 learns from nothing: one row of it serves all.
@@ -38,18 +39,22 @@ def row_config(system: str, count: int, seed: int, folder: pathlib.Path, share: 
       UserError: no such system.
     """
     config = paper.get_config(system)
-    place_row(config, count, seed, folder)
-    config.train.steps = round(config.train.steps * share)
-    config.train.warmup_steps = round(config.train.warmup_steps * share)
-    config.log.validate_every_steps = round(config.log.validate_every_steps * share)
+    # A run wants a labelled slice even where none is learned from.
+    place_row(config, 1 if system == UNTRAINED else count, seed, folder)
+    part = lambda steps: max(1, round(steps * share)) if steps else 0  # noqa: E731
+    config.train.steps = part(config.train.steps)
+    config.train.warmup_steps = part(config.train.warmup_steps)
+    config.log.validate_every_steps = part(config.log.validate_every_steps)
     return config
 
 
 def planned(systems, counts, seeds):
     """(seed, count, system) of every row."""
     for seed, count, system in itertools.product(seeds, counts, systems):
-        if system != UNTRAINED or (seed, count) == (seeds[0], counts[0]):
+        if system != UNTRAINED:
             yield seed, count, system
+        elif (seed, count) == (seeds[0], counts[0]):
+            yield 0, 0, system
 
 
 def write_tables(rows: list[Row], folder: pathlib.Path) -> str:
@@ -61,9 +66,9 @@ def write_tables(rows: list[Row], folder: pathlib.Path) -> str:
     plot_labels(found, DOMAINS, folder / "paper.png")
     best = best_baseline(found, DOMAINS[0], SHOWN_COUNT)
     runs = {
-        system: workdirs
+        system: [row_folder(folder, system, SHOWN_COUNT, seed) for seed in sorted(seeds)]
         for system in ("sam_mix", best)
-        if system and (workdirs := sorted(folder.glob(f"{system}-k{SHOWN_COUNT}-s*")))
+        if (seeds := {r.seed for r in rows if (r.variant, r.count) == (system, SHOWN_COUNT)})
     }
     if runs:
         plot_steps(runs, folder / "steps.png")

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import re
 import sys
 import time
 
@@ -11,6 +12,7 @@ from benchmarks.cells import Row
 from sammix_jax import evaluate, prepare, results, train
 from sammix_jax.compilation import cache_compilations
 from sammix_jax.config import check_workdir
+from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data import phantom
 from sammix_jax.errors import UserError
 
@@ -19,27 +21,62 @@ SECOND_SCANS, SECOND_SEED = 6, 1
 
 
 def run_rows(planned, config_of, folder: pathlib.Path, write) -> None:
-    """Runs rows one after another; ends the program where one cannot be.
+    """Runs rows one after another; ends the program where one cannot be, at best before the first.
 
     Args:
       planned: (seed, count, variant) of each row; seeds outermost, so that a run that is cut short
         has all rows of the first seed.
       config_of: `(variant, count, seed) -> config`.
       folder: of the benchmark.
-      write: called with the rows so far after each one, to write their tables.
+      write: called after each row with all that are finished in the folder, to write their tables.
     """
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("sammix_jax").setLevel(logging.INFO)
     cache_compilations()
+    planned = list(planned)
+    try:
+        for seed, count, variant in planned:
+            config = config_of(variant, count, seed)
+            check_config(config)
+            check_weight_files(config)
+            check_workdir(config, row_folder(folder, variant, count, seed))
+        for seed, count, variant in planned:
+            begin = time.monotonic()
+            run_row(config_of(variant, count, seed), variant, count, seed, folder)
+            print(f"{variant} k={count} seed={seed}: {time.monotonic() - begin:.0f} s", flush=True)
+            write(finished_rows(config_of, folder))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def row_folder(folder: pathlib.Path, variant: str, count: int, seed: int) -> pathlib.Path:
+    """The workdir of a row."""
+    return folder / f"{variant}-k{count}-s{seed}"
+
+
+def finished_rows(config_of, folder: pathlib.Path) -> list[Row]:
+    """All rows in the folder that are trained and scored, by whichever run.
+
+    Raises:
+      UserError: one was made with other settings than `config_of` says.
+    """
+    names = [re.fullmatch(r"(\w+)-k(\d+)-s(\d+)", path.name) for path in sorted(folder.iterdir())]
     rows = []
-    for seed, count, variant in planned:
-        begin = time.monotonic()
-        try:
-            rows += run_row(config_of(variant, count, seed), variant, count, seed, folder)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        print(f"{variant} k={count} seed={seed}: {time.monotonic() - begin:.0f} s", flush=True)
-        write(rows)
+    for variant, count, seed in (name.groups() for name in names if name):
+        count, seed = int(count), int(seed)
+        config, workdir = config_of(variant, count, seed), row_folder(folder, variant, count, seed)
+        check_workdir(config, workdir)
+        for domain, root in zip(DOMAINS, scored_roots(folder), strict=True):
+            config.evaluate.root = root
+            if results.saved_results(config, workdir) is not None:
+                where = results.results_folder(config, workdir)
+                rows.append(Row(variant, count, seed, domain, where))
+    return rows
+
+
+def scored_roots(folder: pathlib.Path) -> tuple[str, str]:
+    """`evaluate.root` of both domains: the split's own test patients, and a folder of others."""
+    return "", str(folder / "unenhanced")
 
 
 def make_portal(config) -> None:
@@ -58,8 +95,8 @@ def place_row(config, count: int, seed: int, folder: pathlib.Path) -> None:
     config.data.store = str(folder / "store")
 
 
-def run_row(config, variant: str, count: int, seed: int, folder: pathlib.Path) -> list[Row]:
-    """Trains and scores one row, as far as that is not done. Returns it for both domains.
+def run_row(config, variant: str, count: int, seed: int, folder: pathlib.Path) -> None:
+    """Trains and scores one row in both domains, as far as that is not done.
 
     Args:
       config: of `place_row`.
@@ -69,18 +106,15 @@ def run_row(config, variant: str, count: int, seed: int, folder: pathlib.Path) -
     Raises:
       UserError: the row's folder was made with other settings.
     """
-    workdir = folder / f"{variant}-k{count}-s{seed}"
+    workdir = row_folder(folder, variant, count, seed)
     # Training checks it too, but a finished row is not trained.
     check_workdir(config, workdir)
     make_portal(config)
-    second = folder / "unenhanced"
-    phantom.write_lits(second, SECOND_SCANS, SECOND_SEED, phantom.DOMAINS["unenhanced"])
-    rows = []
-    for domain, root in zip(DOMAINS, ("", str(second)), strict=True):
+    roots = scored_roots(folder)
+    phantom.write_lits(roots[1], SECOND_SCANS, SECOND_SEED, phantom.DOMAINS["unenhanced"])
+    for root in roots:
         config.evaluate.root = root
         if results.saved_results(config, workdir) is None:
             train.train(config, workdir, prepare.prepare(config, workdir))
             evaluate.evaluate(config, workdir)
             jax.clear_caches()
-        rows.append(Row(variant, count, seed, domain, results.results_folder(config, workdir)))
-    return rows

@@ -31,18 +31,19 @@ from sammix_jax.errors import UserError
 WEIGHTS = "weights/sam_mini.safetensors"
 STEPS, BASELINE_STEPS = 300, 3000
 PROMPTS, DECODER = r"sam/prompt_encoder/(?!position_encoding).*", r"sam/mask_decoder/.*"
+NO_MASK = r"sam/prompt_encoder/no_mask_embed"
 LORA = r"sam/image_encoder/.*/lora_.*"
 # Images are normalised as they were in pretraining.
 PRETRAINED = {"model.sam_weights": WEIGHTS, "input.normalise": "sam"}
 # What each learns on a pretrained SAM, whose encoder is frozen: as on LiTS.
 TRAINED = {
     "sam_pp": {"train.trainable": (PROMPTS, DECODER)},
-    "samed": {"train.trainable": (LORA, DECODER)},
+    "samed": {"train.trainable": (LORA, NO_MASK, DECODER)},
     "sam_mix": {"train.trainable": (LORA, PROMPTS, DECODER, r"(classifier|fusion)/.*")},
 }
 BASELINE = {"train.steps": BASELINE_STEPS, "log.validate_every_steps": 300}
 # How SAM-Mix and its part without other slices learn.
-SAM_MIX = {"train.steps": STEPS, "log.validate_every_steps": 50}
+SAM_MIX = {"train.steps": STEPS, "log.validate_every_steps": 30}
 
 SYSTEMS = {
     "unet": (unet.get_config, BASELINE),

@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--dataset-id", type=int, default=501)
     verb.add_argument(
-        "--negatives", type=int, default=0, help="training slices without the organ, empty masks"
+        "--negatives",
+        type=int,
+        help="training slices without the organ, as empty masks; default: as many as labelled ones",
     )
     verb.add_argument(
         "--roots", nargs="*", default=[], help="other folders of labelled scans to score"

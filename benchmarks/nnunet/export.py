@@ -39,7 +39,7 @@ def export(
     output: pathlib.Path,
     *,
     dataset_id: int = 501,
-    negatives: int = 0,
+    negatives: int | None = None,
     roots: Sequence[str] = (),
 ) -> Layout:
     """Writes what nnU-Net trains on and is scored on.
@@ -54,7 +54,8 @@ def export(
         are drawn as training would.
       output: a new folder.
       dataset_id: nnU-Net's number of the data set, 1 to 999.
-      negatives: how many training slices that do not show the organ are added as empty masks.
+      negatives: how many training slices that do not show the organ are added as empty masks; None
+        adds one to each labelled slice, as far as there are: the share that the other systems see.
       roots: other folders of labelled scans to predict and score too.
 
     Raises:
@@ -66,7 +67,7 @@ def export(
         raise UserError(f"{output}: is not empty; delete it or give another --output.")
     store = SliceStore.open(store_folder(config, workdir))
     split, labels = load_or_draw(config, store, workdir)
-    empty = draw_negatives(store, split.train, negatives, config.data.labels_seed)
+    empty = draw_negatives(store, split.train, negatives, config.data.labels_seed, len(labels))
 
     # The export knows what it was made of as a workdir does, and lends itself to the same readers.
     config = config.copy_and_resolve_references()
@@ -121,13 +122,17 @@ def export(
     return layout
 
 
-def draw_negatives(store: SliceStore, scans: Sequence[str], count: int, seed: int) -> list[SliceId]:
-    """Draws slices of `scans` that are known not to show the organ.
+def draw_negatives(
+    store: SliceStore, scans: Sequence[str], count: int | None, seed: int, most: int
+) -> list[SliceId]:
+    """Draws slices of `scans` that are known not to show the organ: `count`, or up to `most`.
 
     Raises:
       UserError: fewer such slices than `count`.
     """
     known = [s for scan in scans for s in store.slices(scan) if store.image_label(s) == 0]
+    if count is None:
+        count = min(most, len(known))
     if not 0 <= count <= len(known):
         raise UserError(
             f"negatives={count}: the {len(scans)} training scans have {len(known)} slices without "
@@ -142,6 +147,7 @@ def patient_folds(training: dict[str, SliceId], labels: Sequence[SliceId]) -> li
 
     nnU-Net's own draw would put slices of one patient on both sides. Patients go, those with most
     labelled slices first, to the fold that holds the fewest; so each fold has a labelled slice.
+    Those without any go to the fold that holds the fewest slices.
 
     Args:
       training: the slice of each case.
@@ -152,14 +158,16 @@ def patient_folds(training: dict[str, SliceId], labels: Sequence[SliceId]) -> li
       slices are all of one patient.
     """
     labelled = collections.Counter(s.scan for s in labels)
+    slices = collections.Counter(s.scan for s in training.values())
     count = min(FOLDS, len(labelled))
     if count < 2:
         return []
-    sizes, fold_of = [0] * count, {}
-    patients = dict.fromkeys(s.scan for s in training.values())
-    for scan in sorted(patients, key=lambda scan: -labelled[scan]):
-        fold_of[scan] = sizes.index(min(sizes))
-        sizes[fold_of[scan]] += labelled[scan]
+    shown, held, fold_of = [0] * count, [0] * count, {}
+    for scan in sorted(slices, key=lambda scan: (-labelled[scan], -slices[scan])):
+        fullness = [(shown[f] if labelled[scan] else 0, held[f]) for f in range(count)]
+        fold = fold_of[scan] = fullness.index(min(fullness))
+        shown[fold] += labelled[scan]
+        held[fold] += slices[scan]
     return [
         {
             "train": [case for case, s in training.items() if fold_of[s.scan] != fold],

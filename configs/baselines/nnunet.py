@@ -31,4 +31,6 @@ def get_config(data="phantom"):
         # The same slices, windowed on the device: the authors' float16 values span a twentieth of
         # [0, 1], which augmentation does not fit.
         config.input.scaling = "window"
+        # Stretching each slice to [0, 1] afterwards would undo what augmentation did to its grey.
+        config.input.normalise = "unit"
     return config

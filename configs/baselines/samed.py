@@ -4,8 +4,8 @@ Command   python -m sammix_jax.main --config=configs/baselines/samed.py --workdi
           python -m sammix_jax.main --config=configs/baselines/samed.py:lits \
               --config.data.root=DIR --workdir=DIR
 Data      the phantom of configs/quickstart.py; with :lits LiTS as configs/lits.py prepares it
-Model     LoRA in the encoder, the mask decoder learns whole. On the phantom mini SAM from random
-          weights, trained whole
+Model     LoRA in the encoder; the mask decoder and the embedding of no mask learn whole. On the
+          phantom mini SAM from random weights, trained whole
 Hardware  phantom: 2 CPU cores; LiTS: an accelerator; time not measured yet
 Expected  not measured yet; not in the paper
 """
@@ -18,7 +18,11 @@ def get_config(data="phantom"):
     config.model.system = "prompted_sam"
     config.model.mask_choice = "single"  # nothing is ambiguous where nothing prompts
     config.loss.negatives = True
-    config.train.trainable = (r"sam/image_encoder/.*/lora_.*", r"sam/mask_decoder/.*")
+    config.train.trainable = (
+        r"sam/image_encoder/.*/lora_.*",
+        r"sam/prompt_encoder/no_mask_embed",
+        r"sam/mask_decoder/.*",
+    )
     if data == "phantom":
         config.train.trainable = (r"sam/(?!prompt_encoder/position_encoding).*",)
     return config

@@ -33,11 +33,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def config_of(folder):
+    return lambda variant, count, seed: labels.row_config(variant, count, seed, folder, 20)
+
+
 def test_a_finished_row_is_taken(folder, monkeypatch):
     monkeypatch.setattr(rows.phantom, "write_lits", lambda *args: None)
-    portal, unenhanced = rows.run_row(
-        labels.row_config("no_box", 5, 2, folder, 20), "no_box", 5, 2, folder
-    )
+    rows.run_row(labels.row_config("no_box", 5, 2, folder, 20), "no_box", 5, 2, folder)
+    portal, unenhanced = rows.finished_rows(config_of(folder), folder)
     assert (portal.variant, portal.count, portal.seed) == ("no_box", 5, 2)
     assert (portal.domain, unenhanced.domain) == rows.DOMAINS
     assert portal.folder == folder / "no_box-k5-s2" / "evaluation" / "test"
@@ -58,6 +61,28 @@ def test_a_row_made_with_other_settings_is_refused(folder, monkeypatch, steps, e
         config = labels.row_config("no_box", 5, 2, folder, steps)
         rows.run_row(config, "no_box", 5, 2, folder)
     assert [path.name for path in folder.iterdir()] == ["no_box-k5-s2"]  # before data are made
+
+
+def test_tables_hold_every_finished_row_of_the_folder(folder, monkeypatch):
+    other = folder / "sam_mix-k50-s1"
+    claim_workdir(labels.row_config("sam_mix", 50, 1, folder, 20), other)  # not scored yet
+    (folder / "store").mkdir()
+    seen = []
+    monkeypatch.setattr(rows, "run_row", lambda *args: None)
+    rows.run_rows([(0, 5, "sam_mix")], config_of(folder), folder, seen.append)
+    assert [(row.variant, row.domain) for row in seen[0]] == [("no_box", d) for d in rows.DOMAINS]
+
+
+def test_a_row_that_cannot_be_run_ends_the_benchmark_before_the_first(folder, monkeypatch, capsys):
+    def config_of(variant, count, seed):
+        config = labels.row_config(variant, count, seed, folder, 20)
+        if seed == 1:
+            config.model.sam_weights = "missing.safetensors"
+        return config
+
+    monkeypatch.setattr(rows, "run_row", lambda *args: pytest.fail("a row was run"))
+    with pytest.raises(SystemExit, match=r"model\.sam_weights=missing\.safetensors: no such file"):
+        rows.run_rows([(0, 5, "sam_mix"), (1, 5, "sam_mix")], config_of, folder, pytest.fail)
 
 
 def test_rows_share_their_data_and_patients(tmp_path):

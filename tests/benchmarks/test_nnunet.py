@@ -205,28 +205,33 @@ def test_folds_hold_patients_apart(layout):
 def test_every_fold_has_a_labelled_slice():
     counts = {"a": 9, "b": 1, "c": 4, "d": 2, "e": 1, "f": 1, "g": 0}
     labels = [SliceId(scan, i) for scan, count in counts.items() for i in range(count)]
-    empty = [SliceId(scan, 50) for scan in "ag"]
+    counts |= dict.fromkeys("hi", 0)
+    empty = [SliceId(scan, 50) for scan in "aghi"]
     training = {f"case_{i:04d}": s for i, s in enumerate([*labels, *empty])}
     folds = patient_folds(training, labels)
     held = [sum(training[case] in labels for case in fold["val"]) for fold in folds]
     assert held == [9, 4, 2, 2, 1]
+    # Patients of whom nothing is labelled do not pile up in one of them.
+    assert [len(fold["val"]) for fold in folds] == [10, 4, 3, 3, 2]
     assert patient_folds(dict(zip("xy", labels[:2], strict=True)), labels[:2]) == []
 
 
 def test_negatives_are_slices_without_the_organ(prepared):
     store = SliceStore.open(prepared / "store")
     known = [s for s in store.slices("volume-1") if store.image_label(s) == 0]
-    drawn = draw_negatives(store, ["volume-1"], 4, seed=3)
+    draw = lambda count, seed=3: draw_negatives(store, ["volume-1"], count, seed, most=5)  # noqa: E731
+    drawn = draw(4)
     assert len(set(drawn)) == 4 and set(drawn) <= set(known)
-    assert drawn == draw_negatives(store, ["volume-1"], 4, seed=3)
-    assert drawn != draw_negatives(store, ["volume-1"], 4, seed=4)
-    assert draw_negatives(store, ["volume-1"], 0, seed=3) == []
+    assert drawn == draw(4)
+    assert drawn != draw(4, seed=4)
+    assert draw(0) == []
+    assert len(draw(None)) == min(5, len(known))
     with pytest.raises(UserError, match=rf"negatives=999: .* have {len(known)} slices without"):
-        draw_negatives(store, ["volume-1"], 999, seed=3)
+        draw(999)
 
 
 def test_a_trained_workdir_lends_its_own_slices(workdir, tmp_path):
-    layout = export(command_line.load_config(workdir), workdir, tmp_path / "out")
+    layout = export(command_line.load_config(workdir), workdir, tmp_path / "out", negatives=0)
     for name in ("split.json", "labels.json"):
         assert (layout.output / name).read_text() == (workdir / name).read_text()
     training = read_cases(layout.output)[1]["training"].values()

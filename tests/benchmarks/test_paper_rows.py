@@ -57,9 +57,12 @@ def test_every_system_is_sound_named_and_stands_under_its_own_headline(system):
 
 
 def test_all_rows_share_data_and_differ_in_system_labels_and_seed(tmp_path):
-    configs = [paper.row_config(system, 5, 2, tmp_path) for system in SYSTEMS]
-    for config in configs:
-        assert config.data.to_dict() == configs[0].data.to_dict()
+    configs = {system: paper.row_config(system, 5, 2, tmp_path) for system in SYSTEMS}
+    # It has no use for any, and a run wants one.
+    assert configs["sam_pp_0"].data.labelled_slices == 1
+    configs["sam_pp_0"].data.labelled_slices = 5
+    for config in configs.values():
+        assert config.data.to_dict() == configs["unet"].data.to_dict()
         assert config.seed == config.data.labels_seed == 2
         assert config.data.labelled_slices == 5
         assert config.model.image_size == 128
@@ -102,8 +105,22 @@ def test_a_pretrained_encoder_stays_frozen_but_for_lora(system):
 def test_rows_come_seed_by_seed_and_what_learns_nothing_comes_once():
     rows = list(paper.planned(list(SYSTEMS), [5, 50], [3, 4]))
     assert len(rows) == len(set(rows)) == (len(SYSTEMS) - 1) * 4 + 1
-    assert [seed for seed, _, _ in rows] == sorted(seed for seed, _, _ in rows)
-    assert [row for row in rows if row[2] == "sam_pp_0"] == [(3, 5, "sam_pp_0")]
+    trained = [row for row in rows if row[2] != "sam_pp_0"]
+    assert [seed for seed, _, _ in trained] == sorted(seed for seed, _, _ in trained)
+    assert [row for row in rows if row[2] == "sam_pp_0"] == [(0, 0, "sam_pp_0")]
+
+
+def test_a_share_of_the_budget_leaves_as_many_validations_to_all(tmp_path):
+    for share in (1.0, 0.1, 1e-4):
+        for system in SYSTEMS:
+            config = paper.row_config(system, 50, 0, tmp_path, share)
+            steps, every = config.train.steps, config.log.validate_every_steps
+            if system == "sam_pp_0":
+                assert steps == 0
+            elif share == 1e-4:
+                assert steps == every == 1
+            else:
+                assert steps // every == 10
 
 
 def test_the_table_has_a_row_for_each_system_and_says_who_was_told_the_answer(row):
