@@ -30,6 +30,19 @@ from sammix_jax.train_step import TrainState
 _LOG = logging.getLogger(__name__)
 
 
+def best_step(workdir) -> int | None:
+    """The step that `Checkpoints.restore_best` takes: the best one, else the newest; None of none.
+
+    A step that is still being written is none, also in a bucket, where it has its name already.
+    """
+    root = epath.Path(str(resolved(as_path(workdir)))) / "checkpoints"
+    for kind in ("best", "latest"):
+        steps = ocp.path.step.checkpoint_steps(root / kind) if (root / kind).exists() else []
+        if steps:
+            return max(steps)
+    return None
+
+
 class Damaged(Exception):
     """A checkpoint that cannot be read, or holds other values than were saved."""
 

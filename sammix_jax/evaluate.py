@@ -6,6 +6,7 @@ import logging
 import numpy as np
 from tqdm import tqdm
 
+from sammix_jax import hosts
 from sammix_jax.cam import mask_to_box
 from sammix_jax.data import datasets, hdf5, volumes
 from sammix_jax.data.paths import as_path
@@ -97,7 +98,7 @@ def evaluate(config, workdir) -> Evaluation:
             *kinds,
         )
     cases, guidance, examples, seen, digests = [], [], [], [], {}
-    for scan in tqdm(scans, desc="evaluate", unit="scan", disable=None):
+    for scan in tqdm(scans, desc="evaluate", unit="scan", disable=hosts.hides_progress()):
         try:
             known = read_labelled(scan, config)
             prediction = predict_volume(predict, variables, known.volume, known.truth, config)

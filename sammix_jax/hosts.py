@@ -71,6 +71,11 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def hides_progress() -> bool | None:
+    """`disable` of a progress bar: the first process asks its terminal, the others have none."""
+    return None if is_first() else True
+
+
 def wait_for_all(name: str) -> None:
     """Returns once every process has come here."""
     if jax.process_count() > 1:

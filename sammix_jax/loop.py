@@ -62,7 +62,6 @@ def run_steps(
     """
     start = int(state.step)
     save_steps = save_interval(config.checkpoint.every_steps)
-    quiet = None if hosts.is_first() else True
     before, timer, paths = None, Timer(), sorted(state.trainable)
 
     def validate_at(step: int, stop=lambda: False) -> None:
@@ -77,6 +76,7 @@ def run_steps(
     # A run that was stopped at such a step saved it, and had no time to validate.
     validated = {step for step, name, _ in read_log(workdir) if name.startswith("val/")}
     owed = start and start % config.log.validate_every_steps == 0 and start not in validated
+    quiet = hosts.hides_progress()
     with (
         TrainLog(workdir, start) as log,
         hosts.Termination() as termination,

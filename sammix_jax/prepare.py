@@ -19,6 +19,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+from sammix_jax import hosts
 from sammix_jax.config import differing_fields
 from sammix_jax.data import datasets, paper, phantom, volumes
 from sammix_jax.data.files import read_json, whole_file, write_json
@@ -128,7 +129,7 @@ def _prepare_scans(scans, store: Path, params: dict, workers: int) -> dict:
     # Threads: decompression, resizing and writing all release the GIL.
     with (
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(scans), desc="prepare", unit="scan", disable=None) as bar,
+        tqdm(total=len(scans), desc="prepare", unit="scan", disable=hosts.hides_progress()) as bar,
     ):
         jobs = {pool.submit(_prepare_scan, scan, store, params): scan for scan in scans}
         for job in concurrent.futures.as_completed(jobs):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from sammix_jax.checkpoint import best_step
 from sammix_jax.config import FREE_FIELDS, differing_fields
 from sammix_jax.data.files import read_json, whole_file, write_json
 from sammix_jax.data.paths import Path, as_path, resolved
@@ -69,7 +70,7 @@ def collect(
         "config": json.loads(config.to_json()),
         "split_sha256": _sha256(workdir / SPLIT),
         "labels_sha256": _sha256(workdir / LABELS),
-        "checkpoint_step": _checkpoint_step(workdir),
+        "checkpoint_step": best_step(workdir),
     }
 
 
@@ -90,7 +91,7 @@ def saved_results(config, workdir) -> dict | None:
     if not path.exists():
         return None
     results = read_json(path)
-    same_step = results["checkpoint_step"] == _checkpoint_step(as_path(workdir))
+    same_step = results["checkpoint_step"] == best_step(workdir)
     sound = same_step and not results["faults"] and not _other_settings(results, config)
     return results if sound else None
 
@@ -111,7 +112,7 @@ def load_results(config, workdir) -> dict:
             f"{path}: made with {', '.join(differing)}; {again} with these settings, or give those "
             "it was made with."
         )
-    made, step = results["checkpoint_step"], _checkpoint_step(as_path(workdir))
+    made, step = results["checkpoint_step"], best_step(workdir)
     if step not in (None, made):  # a workdir may have been copied without its checkpoints
         raise UserError(f"{path}: of the checkpoint of step {made} (now {step}); {again} again.")
     return results
@@ -256,13 +257,3 @@ def _over(values: list):
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _checkpoint_step(workdir: Path) -> int | None:
-    """The step that `Checkpoints.restore_best` takes: the best one, else the newest."""
-    for kind in ("best", "latest"):
-        folder = workdir / "checkpoints" / kind
-        steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-        if steps:
-            return max(steps)
-    return None

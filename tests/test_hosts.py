@@ -1,5 +1,7 @@
 """Processes find one another, write once, and stop together."""
 
+import re
+
 import pytest
 from processes import finish, start_several
 
@@ -80,7 +82,7 @@ def _fails(**_):
 
 
 RUN = """
-import sys
+import os, signal, sys, time
 import jax, numpy as np
 from jax.sharding import PartitionSpec, NamedSharding
 from sammix_jax import hosts
@@ -113,6 +115,14 @@ assert whole["image_label"].tolist() == layout.order.tolist(), whole
 assert whole["mask"][:, 0, 0].tolist() == [0, 1, 2, 3]
 with hosts.Termination() as termination:
     print("process", me, "made", made, "read", sorted(read), "stops", termination.asked(1))
+    if me == 1:  # only one machine is told
+        os.kill(os.getpid(), signal.SIGTERM)
+    for step in range(2, 600):
+        time.sleep(0.1)  # what a step takes
+        if termination.asked(step):
+            print("process", me, "was asked to stop after step", step)
+            break
+print("process", me, "bar", hosts.hides_progress())
 hosts.wait_for_all("end")
 """
 
@@ -125,6 +135,10 @@ def test_two_processes_share_a_batch_and_write_once(tmp_path):
     # Four shards with one labelled slice and two others each; two shards a process.
     assert "process 0 made 0 read [0, 1, 4, 5, 6, 7] stops False" in output
     assert "process 1 made 10 read [2, 3, 8, 9, 10, 11] stops False" in output
+    # A SIGTERM to one of them stops both, after one and the same step.
+    stopped = dict(re.findall(r"process (\d) was asked to stop after step (\d+)", output))
+    assert stopped.keys() == {"0", "1"} and stopped["0"] == stopped["1"], output
+    assert "process 0 bar None" in output and "process 1 bar True" in output
     assert "process 0 is told: no scans" in output
     assert "process 1 is told: the first process failed" in output and "never" not in output
     assert (tmp_path / "log").read_text() == "0 10 "
