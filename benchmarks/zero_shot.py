@@ -26,6 +26,7 @@ from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.preprocess import window
 from sammix_jax.pretrain.score import (
+    TEST,
     Prompted,
     held_out_scenes,
     make_answer,
@@ -88,7 +89,8 @@ def main() -> None:
             scans = organ_slices(flags.scans, organ, side)
             print(row(organ, answer, variables, scans), flush=True)
         return
-    print(row("scenes, held out", answer, variables, [held_out_scenes(256, side)]), flush=True)
+    scenes = held_out_scenes(256, side, TEST)
+    print(row("scenes, held out", answer, variables, [scenes]), flush=True)
     for name, domain in DOMAINS.items():
         with tempfile.TemporaryDirectory() as folder:
             write_totalsegmentator(folder, PATIENTS, SEED, domain)

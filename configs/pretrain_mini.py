@@ -24,13 +24,15 @@ def get_config():
         r"prompt_encoder/(?!position_encoding).*",
     )
     config.train.steps = 6000
-    config.train.learning_rate = 1e-3
+    config.pretrain.coarse_steps = 4500
+    config.train.learning_rate = 1.5e-3
+    config.train.adam_b2 = 0.95
     config.train.schedule = "cosine"
     config.train.warmup_steps = 200
     config.train.weight_decay = 0.05
     config.train.clip_norm = 1.0
 
     config.log.every_steps = 20
-    config.log.validate_every_steps = 250
+    config.log.validate_every_steps = 500
     config.checkpoint.every_steps = 200
     return config

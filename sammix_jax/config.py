@@ -120,6 +120,7 @@ def default_config() -> ml_collections.ConfigDict:
     train.batch_unlabelled = 1  # slices that train the classifier alone
     train.accumulate = 1  # parts of a batch that go one after another; BatchNorm sees one at a time
     train.optimiser = "adam"  # (L); "sgd" with Nesterov momentum 0.99, as nnU-Net
+    train.adam_b2 = 0.999  # decay of Adam's second moment
     train.learning_rate = 1e-4  # (L)
     train.box = "cam"  # box that prompts the decoder in training (S); "gt" is the true mask's
     train.classifier_warmup_steps = 0  # steps in which only the classifier learns
@@ -145,6 +146,7 @@ def default_config() -> ml_collections.ConfigDict:
     pretrain.images = 8  # in a step
     pretrain.prompts = 6  # shapes of an image that are prompted, half by a box and half by a point
     pretrain.rounds = 2  # of prompts: the first and then corrections
+    pretrain.coarse_steps = 0  # the first of train.steps, at half of model.image_size
     pretrain.held_out = 128  # scenes to validate on
 
     # Of the system multimix; the values of its authors' code.

@@ -83,6 +83,7 @@ AT_LEAST = {
     "pretrain.images": 1,
     "pretrain.prompts": 2,
     "pretrain.rounds": 1,
+    "pretrain.coarse_steps": 0,
     "pretrain.held_out": 1,
     "multimix.confidence": 0,
     "multimix.unsupervised": 0,
@@ -178,6 +179,7 @@ def check_config(config) -> None:
     )
     begin, end = config.log.profile
     expect("log.profile", 0 <= begin <= end, "(start, stop) with 0 <= start <= stop")
+    expect("train.adam_b2", 0 <= config.train.adam_b2 < 1, "0 to below 1")
     expect("model.mask_index", config.model.mask_index < 3, "0, 1 or 2")
     expect("consistency.ema", 0 <= config.consistency.ema < 1, "0 to below 1")
     expect("consistency.confidence", 0.5 <= config.consistency.confidence < 1, "0.5 to below 1")
@@ -199,6 +201,12 @@ def check_config(config) -> None:
             "model.image_size",
             config.model.image_size % patch == 0,
             f"a multiple of {patch}, the patch of model.sam={config.model.sam}",
+        )
+        expect(
+            "pretrain.coarse_steps",
+            config.pretrain.coarse_steps == 0 or config.model.image_size % (2 * patch) == 0,
+            f"0, as half of model.image_size={config.model.image_size} is no multiple of {patch}, "
+            f"the patch of model.sam={config.model.sam}",
         )
     if config.model.system in SYSTEMS:
         for field, sound, expected in system_rules(config):

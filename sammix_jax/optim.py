@@ -70,7 +70,7 @@ def make_optimiser(config, steps: int) -> optax.GradientTransformation:
     if config.optimiser == "sgd":
         decay = optax.add_decayed_weights(config.weight_decay, mask=_is_decayed)
         return optax.chain(clip, decay, optax.sgd(rate, momentum=MOMENTUM, nesterov=True))
-    adam = optax.adamw(rate, weight_decay=config.weight_decay, mask=_is_decayed)
+    adam = optax.adamw(rate, b2=config.adam_b2, weight_decay=config.weight_decay, mask=_is_decayed)
     return optax.chain(clip, adam)
 
 

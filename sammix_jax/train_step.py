@@ -86,7 +86,8 @@ def load_pretrained(state: TrainState, config) -> TrainState:
         ("classifier", config.model.classifier_weights, config.model.classifier, (r"head/.*",)),
     ):
         if file:
-            weights = load_weights(file, prefix, model)
+            normalise = config.input.normalise if prefix == "sam" else None
+            weights = load_weights(file, prefix, model, normalise)
             leaves = state.trainable | state.frozen | stats
             values |= fill(leaves, weights, prefix, source=file, may_lack=may_lack)
 

@@ -10,6 +10,7 @@ A file is one `.safetensors`. Its keys are flat parameter paths, such as
     model    the variant or the architecture: 'vit_b', 'resnet50', ...
     source   name of the file that the values come from
     sha256   of that file, '' where there is no single one
+    normalise  `input.normalise` of the pretraining, where that is known
 
 The programs in `convert/` write such files.
 """
@@ -94,8 +95,13 @@ def save_arrays(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
             raise OSError(str(error)) from error
 
 
-def load_weights(path, kind: str, model: str) -> dict[str, np.ndarray]:
+def load_weights(
+    path, kind: str, model: str, normalise: str | None = None
+) -> dict[str, np.ndarray]:
     """`read_weights`, refusing a file of another kind or model.
+
+    Args:
+      normalise: `input.normalise` of the run, where the file may ask for one.
 
     Raises:
       UserError: as `read_weights`, or the file holds something else.
@@ -107,6 +113,12 @@ def load_weights(path, kind: str, model: str) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path}: weights of {found[0]} {found[1]}, but {field} is {model}; set the field to "
             "the file's model, or give another file."
+        )
+    asked = metadata.get("normalise")
+    if normalise and asked and asked != normalise:
+        raise UserError(
+            f"{path}: pretrained on images normalised by {asked!r}, but input.normalise is "
+            f"{normalise!r}; set --config.input.normalise={asked}."
         )
     return arrays
 

@@ -10,7 +10,7 @@ from test_fields import fields
 from sammix_jax.config import default_config
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-ROW = re.compile(r"^\| `([a-z_.]+)` \| (.+?) \| (.+?) \|", re.MULTILINE)
+ROW = re.compile(r"^\| `([a-z0-9_.]+)` \| (.+?) \| (.+?) \|", re.MULTILINE)
 ROWS = ROW.findall((DOCS / "method.md").read_text())
 
 # Sections that the table holds whole, and what else of the method it holds.

@@ -89,6 +89,7 @@ TESTED = {
     "test_optim.py": {
         "test_the_learning_rate_is_the_length_of_a_step": ("train.learning_rate",),
         "test_sgd_is_nnunets": ("train.optimiser",),
+        "test_b2_says_how_soon_adam_forgets_a_large_gradient": ("train.adam_b2",),
         "test_schedules": ("train.schedule", "train.warmup_steps"),
         "test_decay_spares_biases_and_tables": ("train.weight_decay",),
         "test_clipping_bounds_the_norm_of_all_gradients_together": ("train.clip_norm",),
@@ -179,6 +180,7 @@ TESTED = {
             "pretrain.images",
             "pretrain.held_out",
         ),
+        "test_the_first_steps_see_coarse_images": ("pretrain.coarse_steps",),
     },
     "test_weights.py": {
         "test_training_starts_from_both_files": ("model.sam_weights", "model.classifier_weights"),

@@ -55,6 +55,26 @@ def test_schedules():
     np.testing.assert_allclose(rates(config, 10, (4, 7, 9)), expected, rtol=1e-3)
 
 
+def test_b2_says_how_soon_adam_forgets_a_large_gradient():
+    config = default_config().train
+    config.learning_rate = 1.0
+
+    def step_after(gradients, b2):
+        config.adam_b2 = b2
+        optimiser = make_optimiser(config, 10)
+        params = {"w": jnp.zeros(())}
+        state = optimiser.init(params)
+        for gradient in gradients:
+            updates, state = optimiser.update({"w": jnp.float32(gradient)}, state, params)
+        return -float(updates["w"])
+
+    b1, gradients = 0.9, (10.0, 1.0)
+    for b2 in (0.5, 0.999):
+        mean = (b1 * gradients[0] + gradients[1]) * (1 - b1) / (1 - b1**2)
+        square = (b2 * gradients[0] ** 2 + gradients[1] ** 2) * (1 - b2) / (1 - b2**2)
+        np.testing.assert_allclose(step_after(gradients, b2), mean / square**0.5, rtol=1e-5)
+
+
 def test_sgd_is_nnunets():
     """The sum that Nesterov momentum 0.99 makes of two gradients, and decay as a part of them."""
     config = default_config().train

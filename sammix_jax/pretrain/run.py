@@ -15,7 +15,7 @@ from sammix_jax.loop import Validation, run_steps
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.optim import make_optimiser
 from sammix_jax.pretrain.scenes import SHAPES
-from sammix_jax.pretrain.score import held_out_scenes, make_answer, prompt_ious
+from sammix_jax.pretrain.score import VALIDATION, held_out_scenes, make_answer, prompt_ious
 from sammix_jax.pretrain.step import jit_pretrain_step, make_init
 from sammix_jax.sharding import along_batch, make_mesh, state_sharding
 from sammix_jax.weights import write_weights
@@ -80,21 +80,25 @@ def pretrain(config, workdir) -> Path:
         if int(state.step) < steps:
             # ---- Loop: a batch is the images' numbers; the step draws the rest on the device
             numbers = jax.device_put(np.arange(images, dtype=np.int32), along_batch(mesh, images))
-            examples = held_out_scenes(config.pretrain.held_out, config.model.image_size)
+            side = config.model.image_size
+            examples = held_out_scenes(config.pretrain.held_out, side, VALIDATION)
             answer = make_answer(sam, config.input.normalise)
-            run_steps(
-                state,
-                jit_pretrain_step(sam, optimiser, config, mesh, sharding),
-                lambda step: numbers,
-                steps,
-                config=config,
-                workdir=workdir,
-                checkpoints=checkpoints,
-                images=images,
-                validation=Validation(
-                    lambda state, stop: _measure(answer, state.variables, examples), best="iou"
-                ),
+            validation = Validation(
+                lambda state, stop: _measure(answer, state.variables, examples), best="iou"
             )
+            for phase_side, last in ((side // 2, config.pretrain.coarse_steps), (side, steps)):
+                if int(state.step) < last:
+                    state = run_steps(
+                        state,
+                        jit_pretrain_step(sam, optimiser, config, mesh, phase_side, sharding),
+                        lambda step: numbers,
+                        last,
+                        config=config,
+                        workdir=workdir,
+                        checkpoints=checkpoints,
+                        images=images,
+                        validation=validation,
+                    )
         checkpoints.wait()
         best = checkpoints.restore_best(like)
     return _write(config, workdir, best)
@@ -113,7 +117,13 @@ def _write(config, workdir, state) -> Path:
     }
     path = as_path(workdir) / f"sam_{config.model.sam}.safetensors"
     source = f"pretrain seed {config.seed} step {int(state.step)}"
-    metadata = {"kind": "sam", "model": config.model.sam, "source": source, "sha256": ""}
+    metadata = {
+        "kind": "sam",
+        "model": config.model.sam,
+        "source": source,
+        "sha256": "",
+        "normalise": config.input.normalise,
+    }
     write_weights(path, arrays, metadata)
     _LOG.info("weights → %s", path)
     return path

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 SHAPES = 12  # in a scene
+# Between the mean grey of a shape and of what it lies on, before blur, grain and gamma.
+LEAST_CONTRAST = 0.08
 TEXTURES = (3, 6, 12, 24, 48)  # cells along a side, of the noise that textures are made of
 
 _ORDERS = jnp.arange(2, 7)  # of the waves on a blob's edge
@@ -213,34 +215,42 @@ def _paint(key: jax.Array, fields: jax.Array, places: _Place, grid: jax.Array) -
     )  # (T, S, S)
     grey_key, free_key, weight_key, much_key, slope_key, edge_key = keys
     free = jax.random.uniform(free_key, (SHAPES, 3))
-    grey = jax.random.uniform(grey_key, (SHAPES + 1,))
     weights = jax.random.normal(weight_key, (SHAPES + 1, len(TEXTURES)))
-    much = 0.12 * jax.random.uniform(much_key, (SHAPES + 1, 1)) ** 2
-    slope = 0.12 * jax.random.normal(slope_key, (SHAPES + 1, 2))
+    much = 0.08 * jax.random.uniform(much_key, (SHAPES + 1, 1)) ** 2
+    slope = 0.08 * jax.random.normal(slope_key, (SHAPES + 1, 2))
     edge = jnp.exp(
         jax.random.uniform(edge_key, (SHAPES,), minval=jnp.log(0.004), maxval=jnp.log(0.05))
     )
 
-    def fill(number, grey):
-        texture = jnp.einsum("t,tyx->yx", much[number] * weights[number], bank)
-        return grey + texture + grid @ slope[number]
+    def fill(number, grey, inside):
+        """Texture and slope about a mean within the shape that is `grey`."""
+        relief = jnp.einsum("t,tyx->yx", much[number] * weights[number], bank)
+        relief = relief + grid @ slope[number]
+        return grey + relief - _mean(relief, inside)
 
     # A dark ground is as common as all others together.
     dark = jax.random.uniform(ground_key) < 0.5
-    image = fill(SHAPES, jnp.where(dark, 0.1, 1.0) * grey[SHAPES])
+    ground = jnp.where(dark, 0.1, 1.0) * jax.random.uniform(grey_key)
+    image = fill(SHAPES, ground, jnp.ones((size, size), bool))
 
     def lay(image, number):
         inside = fields[number] > 0
-        under = (image * inside).sum() / jnp.maximum(inside.sum(), 1)
-        # Two of three differ little from what they lie on, and none so little that nobody sees it.
-        step = 0.06 + 0.3 * free[number, 1] ** 2
-        near = under + jnp.where(free[number, 2] < 0.5, -step, step)
-        value = jnp.where(free[number, 0] < 0.65, jnp.clip(near, 0, 1), grey[number])
+        # Two of three differ little from what they lie on, and none by less than LEAST_CONTRAST.
+        mild = free[number, 0] < 0.65
+        step = jnp.where(mild, 0.3 * free[number, 1] ** 2, 0.9 * free[number, 1])
+        step = LEAST_CONTRAST + step
+        under = _mean(image, inside)
+        brighter = jnp.where(free[number, 2] < 0.5, under + step <= 1, under < step)
+        value = jnp.clip(jnp.where(brighter, under + step, under - step), 0, 1)
         share = jax.nn.sigmoid(4 * fields[number] / edge[number])
-        return image + share * (fill(number, value) - image), None
+        return image + share * (fill(number, value, inside) - image), None
 
     image, _ = jax.lax.scan(lay, image, jnp.arange(SHAPES))
     return image
+
+
+def _mean(values: jax.Array, inside: jax.Array) -> jax.Array:
+    return (values * inside).sum() / jnp.maximum(inside.sum(), 1)
 
 
 def _finish(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -261,5 +271,5 @@ def _finish(key: jax.Array, image: jax.Array) -> jax.Array:
         jax.random.normal(coarse_key, (size // 2, size // 2)), (size, size), "linear"
     )
     image = image + 0.1 * grain[0] * fine + 0.06 * grain[1] * coarse
-    image = jnp.clip(image, 0, 1) ** jnp.exp(0.3 * jax.random.normal(gamma_key))
+    image = jnp.clip(image, 0, 1) ** jnp.exp(0.2 * jax.random.normal(gamma_key))
     return jnp.where(jax.random.uniform(flip_key) < 0.5, image, 1 - image)

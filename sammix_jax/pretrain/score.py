@@ -15,8 +15,9 @@ from sammix_jax.preprocess import to_rgb
 from sammix_jax.pretrain.scenes import draw_scenes
 from sammix_jax.pretrain.step import LARGEST, SMALLEST
 
-# Held out: no training step draws from this stream, whatever its seed.
-_HELD_OUT = 2**32 - 1
+# Streams that no training step draws from, whatever its seed: what chooses the best checkpoint, and
+# what is reported of it.
+VALIDATION, TEST = 2**32 - 1, 2**32 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +51,9 @@ def deepest_pixel(mask: np.ndarray) -> tuple[int, int]:
     return x, y
 
 
-def held_out_scenes(count: int, size: int) -> Prompted:
-    """`count` scenes that no run trains on, with one shape of each."""
-    key = jax.random.fold_in(jax.random.key(0), _HELD_OUT)
+def held_out_scenes(count: int, size: int, stream: int) -> Prompted:
+    """`count` scenes of VALIDATION or TEST, with one shape of each."""
+    key = jax.random.fold_in(jax.random.key(0), stream)
     scenes = jax.jit(draw_scenes, static_argnums=1)(jax.random.split(key, count), size)
     masks = np.asarray(scenes.masks)
     share = masks.mean(axis=(2, 3))

@@ -4,11 +4,18 @@ The training algorithm of Segment Anything (Kirillov et al. 2023, arXiv 2304.026
 image is encoded once and prompted for several shapes, half of them with a box and half with a
 point; each round adds a point where the answer is wrong and gives the answer back as a mask prompt.
 The loss is focal and Dice, 20 to 1, of the best of three masks, and the error of the estimated IoU.
+
+Where it differs: fewer rounds (`pretrain.rounds`, where SAM has eleven, two of them with the mask
+alone); boxes and single points are asked in halves rather than by chance; the mask of an
+unambiguous prompt learns beside the three; and the embeddings have a loss of their own.
 """
+
+import re
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from sammix_jax.losses import dice_costs, focal_costs, mask_iou
@@ -23,6 +30,7 @@ from sammix_jax.train_step import TrainState, apply_gradients, new_state
 
 FOCAL, DICE, IOU, AFFINITY = 20.0, 1.0, 1.0, 1.0  # weights of the loss
 SHARPNESS = 5.0  # of the cosine between two embeddings, as a logit
+LOOK = 2.0  # how sharply the decoder looks at a prompt's place to begin with
 FIRST_PROMPTS = ("box", "point")
 # Shares of the image that a prompted shape may take.
 SMALLEST, LARGEST = 0.004, 0.7
@@ -33,17 +41,38 @@ def make_init(sam: Sam, optimiser: optax.GradientTransformation, config):
 
     def init() -> TrainState:
         side = config.model.image_size
-        variables = sam.init(jax.random.key(config.seed), jnp.zeros((1, side, side, 3)))
-        return new_state(variables, optimiser, config)
+        key = jax.random.key(config.seed)
+        params = sam.init(key, jnp.zeros((1, side, side, 3)))["params"]
+        params = prepare_to_look(params, jax.random.fold_in(key, 1))
+        return new_state({"params": params}, optimiser, config)
 
     return init
 
 
-def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh):
+def prepare_to_look(params: dict, key: jax.Array) -> dict:
+    """Gives random weights two things without which they long learn nothing from an image.
+
+    Queries and keys that are projected alike are alike where a prompt and a cell have one place: so
+    the decoder looks at what a point shows from the first step, where else it must first find out
+    that equal codes are equal places. And a patch of one grey is a vector times that grey, of which
+    the first LayerNorm keeps the sign; with a bias of the same size it keeps the grey as an angle.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    bias = "image_encoder/patch_embed/bias"
+    flat[bias] = jax.random.normal(key, flat[bias].shape)
+    for path in list(flat):
+        if re.fullmatch(r"mask_decoder/.*attn_\w+/k_proj/kernel", path):  # between tokens and image
+            query = path.replace("k_proj", "q_proj")
+            flat[query] = flat[path] = LOOK * flat[query]
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh, side: int):
     """Returns `step(state, numbers) -> (state, metrics)`, to be jitted.
 
     `numbers` (B,) int32 are the images' places in the batch; with the seed and the state's step
-    they say which scenes are drawn. Metrics are as those of `train_step.make_train_step`.
+    they say which scenes are drawn, of `side` x `side` pixels. Metrics are as those of
+    `train_step.make_train_step`.
     """
     settings = config.pretrain
     rows = along_batch(mesh, settings.images)
@@ -56,9 +85,10 @@ def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
         keys = jax.lax.with_sharding_constraint(keys, rows)
-        scenes = draw_scenes(keys, config.model.image_size)
+        scene_keys, prompt_keys = jax.vmap(jax.random.split)(keys).T
+        scenes = draw_scenes(scene_keys, side)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(
-            state.trainable, state.frozen, scenes, keys
+            state.trainable, state.frozen, scenes, prompt_keys
         )
         state, norms = apply_gradients(state, grads, optimiser)
         return state, metrics | norms
@@ -66,9 +96,9 @@ def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh):
     return step
 
 
-def jit_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh, sharding):
+def jit_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh, side: int, sharding):
     """The step as a run takes it: the state stays where it lies, the old one is given up."""
-    step = make_pretrain_step(sam, optimiser, config, mesh)
+    step = make_pretrain_step(sam, optimiser, config, mesh, side)
     return jax.jit(step, out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
 
 
@@ -104,12 +134,12 @@ def promptable_loss(
         losses += [loss for loss, _ in found]
         metrics[f"iou_{first}"] = found[0][1]
         metrics[f"iou_{first}_corrected"] = found[-1][1]
-    affinity = affinity_loss(embeddings, scenes.owners)
+    affinity = affinity_loss(embeddings, scenes)
     loss = sum(losses) / len(losses) + AFFINITY * affinity
     return loss, {"loss": loss, "affinity_loss": affinity, **metrics}
 
 
-def affinity_loss(embeddings: jax.Array, owners: jax.Array) -> jax.Array:
+def affinity_loss(embeddings: jax.Array, scenes: Scenes) -> jax.Array:
     """Cells of one shape should be alike, and cells of two unlike.
 
     Segment Anything begins from an encoder that masked autoencoding has taught to see. A new one
@@ -118,23 +148,29 @@ def affinity_loss(embeddings: jax.Array, owners: jax.Array) -> jax.Array:
 
     Args:
       embeddings: (B, h, w, C).
-      owners: (B, S, S) int32, which shape a pixel belongs to.
+      scenes: B of them.
 
     Returns:
       () float32: cross-entropy of whether two cells of an image have one owner, by the cosine of
-      their embeddings; pairs that have and pairs that have not count alike.
+      their embeddings; pairs that have and pairs that have not count alike. A cell of a part and
+      one of its whole are neither.
     """
     b, h, w, c = embeddings.shape
-    cell = owners.shape[1] // h
-    labels = owners[:, cell // 2 :: cell, cell // 2 :: cell].reshape(b, h * w)  # at cells' centres
+    cell = scenes.owners.shape[1] // h
+    centres = slice(cell // 2, None, cell)
+    owners = scenes.owners[:, centres, centres].reshape(b, h * w)  # (B, h, w) → (B, hw)
+    masks = scenes.masks[:, :, centres, centres].reshape(b, -1, h * w)  # (B, K, h, w) → (B, K, hw)
+    masks = masks.astype(jnp.float32)
     places = embeddings.astype(jnp.float32).reshape(b, h * w, c)
     places = places - places.mean(axis=1, keepdims=True)
     places = places / jnp.maximum(jnp.linalg.norm(places, axis=-1, keepdims=True), 1e-6)
     logits = SHARPNESS * jnp.einsum("bpc,bqc->bpq", places, places)
-    same = (labels[:, :, None] == labels[:, None, :]).astype(jnp.float32)
+    same = owners[:, :, None] == owners[:, None, :]
+    unlike = jnp.einsum("bkp,bkq->bpq", masks, masks) == 0
+    unlike = unlike & ~same  # two cells of the background
     costs = jax.nn.softplus(logits) - logits * same
-    share = same.mean()
-    return (costs * jnp.where(same > 0, 0.5 / share, 0.5 / jnp.maximum(1 - share, 1e-6))).mean()
+    mean = lambda pairs: (costs * pairs).sum() / jnp.maximum(pairs.sum(), 1)  # noqa: E731
+    return 0.5 * (mean(same) + mean(unlike))
 
 
 def choose_shapes(keys: jax.Array, masks: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -202,7 +238,8 @@ def _round_loss(logits, predicted_iou, truth, weights, single: bool):
     if single:
         cost += costs[..., SINGLE_MASK][..., 0]
     iou = mask_iou(logits > 0, target)
-    cost += IOU * jnp.square(predicted_iou - iou)[..., MULTIMASK].mean(-1)
+    asked = slice(SINGLE_MASK.start if single else MULTIMASK.start, MULTIMASK.stop)
+    cost += IOU * jnp.square(predicted_iou - iou)[..., asked].mean(-1)
     best = MULTIMASK.start + jnp.argmax(predicted_iou[..., MULTIMASK], axis=-1)[..., None]
     mask = jnp.take_along_axis(logits, best[..., None, None], axis=2)[:, :, 0]
     mean = lambda x: (x * weights).sum() / jnp.maximum(weights.sum(), 1)  # noqa: E731

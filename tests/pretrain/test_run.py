@@ -1,5 +1,7 @@
 """A whole pretraining in small: it resumes exactly and leaves weights that SAM-Mix takes."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawing import TINY, draw_rectangles
@@ -20,7 +22,7 @@ def config(monkeypatch):
     config = get_config()
     config.model.sam, config.model.image_size = "tiny", 32
     config.pretrain.images = config.pretrain.prompts = config.pretrain.held_out = 2
-    config.pretrain.rounds = 1
+    config.pretrain.rounds, config.pretrain.coarse_steps = 1, 1
     config.train.steps, config.train.warmup_steps = 4, 1
     config.log.every_steps, config.log.validate_every_steps = 1, 2
     config.checkpoint.every_steps = 2
@@ -34,12 +36,31 @@ def test_images_and_held_out_say_how_many_scenes_are_drawn(config, tmp_path, mon
     def stop(state, train_step, batch_of, steps, **rest):
         raise InterruptedError(len(batch_of(0)), rest["images"])
 
-    monkeypatch.setattr(run, "held_out_scenes", lambda count, size: drawn.append((count, size)))
+    monkeypatch.setattr(run, "held_out_scenes", lambda *which: drawn.append(which))
     monkeypatch.setattr(run, "run_steps", stop)
     with pytest.raises(InterruptedError) as seen:
         run.pretrain(config, tmp_path)
     assert seen.value.args == (3, 3)
-    assert drawn == [(5, 32)]
+    assert drawn == [(5, 32, score.VALIDATION)]
+
+
+def test_the_first_steps_see_coarse_images(config, tmp_path, monkeypatch):
+    config.pretrain.coarse_steps = 3
+    seen = []
+
+    def spy(state, train_step, batch_of, steps, **rest):
+        jax.eval_shape(train_step, state, batch_of(0))
+        seen.append((steps, sides.pop()))
+        return state.replace(step=jnp.int32(steps))
+
+    sides = []
+    monkeypatch.setattr(
+        step, "draw_scenes", lambda keys, size: sides.append(size) or draw_rectangles(keys, size)
+    )
+    monkeypatch.setattr(run, "run_steps", spy)
+    with pytest.raises(UserError, match="checkpoint"):  # nothing was saved
+        run.pretrain(config, tmp_path)
+    assert seen == [(3, 16), (4, 32)]
 
 
 @pytest.mark.parametrize("prompts", [3, 14])
@@ -82,6 +103,9 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
     assert "prompt_encoder/position_encoding/gaussian_matrix" in arrays
     with pytest.raises(UserError, match=r"model\.sam is mini"):
         load_weights(resumed, "sam", "mini")
+    load_weights(resumed, "sam", "tiny", normalise="sam")
+    with pytest.raises(UserError, match=r"set --config\.input\.normalise=sam"):
+        load_weights(resumed, "sam", "tiny", normalise="minmax")
 
     config.pretrain.prompts = 4
     with pytest.raises(UserError, match=r"pretrain\.prompts=2"):

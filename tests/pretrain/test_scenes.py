@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from sammix_jax.pretrain import scenes
 from sammix_jax.pretrain.scenes import SHAPES, draw_scenes
@@ -65,8 +66,6 @@ def test_a_pixel_belongs_to_the_shape_on_top(drawn):
 
 
 def test_what_is_to_be_found_differs_from_what_lies_around_it(drawn):
-    from scipy import ndimage
-
     steps = []
     for image, masks in zip(np.asarray(drawn.images), np.asarray(drawn.masks), strict=True):
         for mask in masks:
@@ -76,8 +75,26 @@ def test_what_is_to_be_found_differs_from_what_lies_around_it(drawn):
             inner = ndimage.binary_erosion(mask)
             if around.any() and inner.any():
                 steps.append(abs(image[inner].mean() - image[around].mean()))
-    # Some are hard, as in any picture; a scene of nothing but those would teach nothing.
-    assert np.median(steps) > 0.05
+    # Some are hard, as in any picture: neighbours may be alike that differ from what both lie on.
+    assert np.median(steps) > 0.1
+    assert np.quantile(steps, 0.2) > 0.04
+
+
+def test_a_shape_differs_from_what_it_lies_on(keys):
+    """However strong its texture and slope, and however bright or dark what lies below."""
+    grid = scenes._grid(SIZE)
+    square = jnp.abs(grid).max(-1) < 0.5
+    # One shape only, with an edge so sharp that nothing is blurred by it.
+    fields = jnp.full((SHAPES, SIZE, SIZE), -9.0).at[3].set(jnp.where(square, 9.0, -9.0))
+    nothing = jnp.full_like(fields, -9.0)
+    places = scenes._place_shapes(keys[0])
+    paint = jax.jit(jax.vmap(lambda key, f: scenes._paint(key, f, places, grid), (0, None)))
+    many = jax.random.split(jax.random.key(1), 400)
+    over, under = (np.asarray(paint(many, f)) for f in (fields, nothing))
+    np.testing.assert_allclose(over[:, ~square], under[:, ~square], atol=1e-6)
+    steps = np.abs((over - under)[:, square].mean(axis=1))
+    assert steps.min() > scenes.LEAST_CONTRAST - 1e-4
+    assert np.median(steps) < 0.25  # two of three differ little
 
 
 def test_later_shapes_hide_earlier_ones_but_parts_stay_in_their_whole():

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sammix_jax.pretrain.score import (
+    TEST,
+    VALIDATION,
     Prompted,
     deepest_pixel,
     held_out_scenes,
@@ -64,10 +66,14 @@ def test_the_point_lies_deepest():
 
 
 def test_held_out_scenes_are_always_the_same_and_each_has_something_to_find():
-    examples = held_out_scenes(12, 32)
-    again = held_out_scenes(12, 32)
+    examples = held_out_scenes(12, 32, TEST)
+    again = held_out_scenes(12, 32, TEST)
     assert isinstance(examples, Prompted)
     np.testing.assert_array_equal(examples.images, again.images)
+    # What chose the best checkpoint is not what is reported of it.
+    chosen_by = held_out_scenes(12, 32, VALIDATION)
+    for image in chosen_by.images:
+        assert np.abs(examples.images - image).mean(axis=(1, 2)).min() > 0.01
     assert examples.masks.any(axis=(1, 2)).all()
     for mask, (x, y), box in zip(examples.masks, examples.points, examples.boxes, strict=True):
         assert mask[int(y), int(x)]

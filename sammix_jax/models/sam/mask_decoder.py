@@ -22,6 +22,11 @@ SINGLE_MASK, MULTIMASK = slice(0, 1), slice(1, 4)  # one answer; or whole, part 
 # The transformer kept PyTorch's default; the encoder, the neck and the upscaling use 1e-6.
 _TransformerNorm = functools.partial(LayerNorm, epsilon=1e-5)
 _TOKEN_INIT = nn.initializers.normal(1.0)
+# PyTorch's default, with which SAM began: a third of the variance of Flax's. It matters only to
+# one who trains from random weights, where it was 1.6 times as fast.
+_KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_UPSCALE_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0, 1))
+_Mlp = functools.partial(Mlp, activation=nn.relu, kernel_init=_KERNEL_INIT)
 
 
 class TokenAttention(nn.Module):
@@ -37,7 +42,7 @@ class TokenAttention(nn.Module):
         c, m = q.shape[-1], self.num_heads
 
         def project(x: jax.Array, name: str) -> jax.Array:
-            x = nn.Dense(self.inner, dtype=self.dtype, name=name)(x)
+            x = nn.Dense(self.inner, kernel_init=_KERNEL_INIT, dtype=self.dtype, name=name)(x)
             return x.reshape(*x.shape[:-1], m, -1)  # (B, P, N, inner) -> (B, P, N, M, D)
 
         q, k, v = project(q, "q_proj"), project(k, "k_proj"), project(v, "v_proj")
@@ -45,7 +50,7 @@ class TokenAttention(nn.Module):
         weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(self.dtype)
         x = jnp.einsum("bpmqk,bpkmd->bpqmd", weights, v)
         x = x.reshape(*x.shape[:-2], self.inner)  # (B, P, N, M, D) -> (B, P, N, inner)
-        return nn.Dense(c, dtype=self.dtype, name="out_proj")(x)
+        return nn.Dense(c, kernel_init=_KERNEL_INIT, dtype=self.dtype, name="out_proj")(x)
 
 
 class TwoWayBlock(nn.Module):
@@ -85,7 +90,7 @@ class TwoWayBlock(nn.Module):
         tokens = tokens + to_image(tokens + token_pe, image + image_pe, image)
         tokens = norm(name="norm2")(tokens)
 
-        mlp = Mlp((self.mlp_dim, c), nn.relu, dtype=self.dtype, name="mlp")
+        mlp = _Mlp((self.mlp_dim, c), dtype=self.dtype, name="mlp")
         tokens = norm(name="norm3")(tokens + mlp(tokens))
 
         to_tokens = attention(inner=c // 2, name="cross_attn_image_to_token")
@@ -136,8 +141,7 @@ class Upscale(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., h, w, C) to (..., 2h, 2w, features)."""
         *lead, h, w, c = x.shape
-        init = nn.initializers.lecun_normal(batch_axis=(0, 1))
-        kernel = self.param("kernel", init, (2, 2, c, self.features))
+        kernel = self.param("kernel", _UPSCALE_INIT, (2, 2, c, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x = jnp.einsum("...hwc,ijcd->...hiwjd", x.astype(self.dtype), kernel.astype(self.dtype))
         x = x.reshape(*lead, 2 * h, 2 * w, self.features)  # (.., h, 2, w, 2, D) -> (.., 2h, 2w, D)
@@ -197,13 +201,11 @@ class MaskDecoder(nn.Module):
         x = gelu(Upscale(c // 8, dtype=self.dtype, name="upscale2")(x))
 
         weights = [
-            Mlp((c, c, c // 8), nn.relu, dtype=self.dtype, name=f"hypernetwork_{i}")(
-                tokens[:, :, 1 + i]
-            )
+            _Mlp((c, c, c // 8), dtype=self.dtype, name=f"hypernetwork_{i}")(tokens[:, :, 1 + i])
             for i in range(NUM_MASKS)
         ]
         low_res_logits = jnp.einsum(
             "bpmc,bphwc->bpmhw", jnp.stack(weights, axis=2), x, preferred_element_type=jnp.float32
         )
-        head = Mlp((c, c, NUM_MASKS), nn.relu, dtype=self.dtype, name="iou_head")
+        head = _Mlp((c, c, NUM_MASKS), dtype=self.dtype, name="iou_head")
         return low_res_logits, head(tokens[:, :, 0]).astype(jnp.float32)
