@@ -86,12 +86,15 @@ def write_results(folder, results: dict, cases: Sequence[Case]) -> None:
 
 
 def saved_results(config, workdir) -> dict | None:
-    """The results of the workdir's checkpoint in the same settings, if there are whole ones."""
+    """The results of the workdir's checkpoint in the same settings, if there are whole ones.
+
+    A workdir may have been copied without its checkpoints.
+    """
     path = results_folder(config, workdir) / RESULTS
     if not path.exists():
         return None
     results = read_json(path)
-    same_step = results["checkpoint_step"] == best_step(workdir)
+    same_step = best_step(workdir) in (None, results["checkpoint_step"])
     sound = same_step and not results["faults"] and not _other_settings(results, config)
     return results if sound else None
 
@@ -113,7 +116,7 @@ def load_results(config, workdir) -> dict:
             "it was made with."
         )
     made, step = results["checkpoint_step"], best_step(workdir)
-    if step not in (None, made):  # a workdir may have been copied without its checkpoints
+    if step not in (None, made):
         raise UserError(f"{path}: of the checkpoint of step {made} (now {step}); {again} again.")
     return results
 
