@@ -20,8 +20,8 @@ def get_config():
     config.input.normalise = "sam"
 
     config.train.trainable = (
-        r"(image_encoder|mask_decoder)/.*",
-        r"prompt_encoder/(?!position_encoding).*",
+        r"sam/(image_encoder|mask_decoder)/.*",
+        r"sam/prompt_encoder/(?!position_encoding).*",
     )
     config.train.steps = 6000
     config.pretrain.coarse_steps = 4500

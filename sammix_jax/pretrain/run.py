@@ -18,13 +18,15 @@ from sammix_jax.pretrain.scenes import SHAPES
 from sammix_jax.pretrain.score import VALIDATION, held_out_scenes, make_answer, prompt_ious
 from sammix_jax.pretrain.step import jit_pretrain_step, make_init
 from sammix_jax.sharding import along_batch, make_mesh, state_sharding
+from sammix_jax.train_step import load_pretrained
 from sammix_jax.weights import write_weights
 
 _LOG = logging.getLogger(__name__)
 
 
 def pretrain(config, workdir) -> Path:
-    """Trains until `config.train.steps`, from the newest checkpoint if there is one.
+    """Trains until `config.train.steps`: from the newest checkpoint, else from
+    `model.sam_weights`, else from random values.
 
     Args:
       config: the run's config; reads `pretrain`, `model`, `input.normalise`, `train`, `mesh`,
@@ -66,7 +68,7 @@ def pretrain(config, workdir) -> Path:
         checkpoints.check_config(config)
         state = checkpoints.restore(like)
         if state is None:
-            state = jax.jit(init, out_shardings=sharding)()
+            state = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
         claim_workdir(config, workdir)
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
@@ -84,7 +86,7 @@ def pretrain(config, workdir) -> Path:
             examples = held_out_scenes(config.pretrain.held_out, side, VALIDATION)
             answer = make_answer(sam, config.input.normalise)
             validation = Validation(
-                lambda state, stop: _measure(answer, state.variables, examples), best="iou"
+                lambda state, stop: _measure(answer, state, examples), best="iou"
             )
             for phase_side, last in ((side // 2, config.pretrain.coarse_steps), (side, steps)):
                 if int(state.step) < last:
@@ -104,15 +106,15 @@ def pretrain(config, workdir) -> Path:
     return _write(config, workdir, best)
 
 
-def _measure(answer, variables, examples) -> dict[str, float]:
-    found = prompt_ious(answer, variables, examples)
+def _measure(answer, state, examples) -> dict[str, float]:
+    found = prompt_ious(answer, {"params": state.variables["params"]["sam"]}, examples)
     scores = {f"iou_{name}": float(iou.mean()) for name, iou in found.items()}
     return scores | {"iou": float(np.mean(list(scores.values())))}
 
 
 def _write(config, workdir, state) -> Path:
     arrays = {
-        path: np.asarray(to_host(leaf), np.float16)
+        path.removeprefix("sam/"): np.asarray(to_host(leaf), np.float16)
         for path, leaf in (state.trainable | state.frozen).items()
     }
     path = as_path(workdir) / f"sam_{config.model.sam}.safetensors"

@@ -37,14 +37,17 @@ SMALLEST, LARGEST = 0.004, 0.7
 
 
 def make_init(sam: Sam, optimiser: optax.GradientTransformation, config):
-    """Returns `init() -> TrainState`, to be jitted or evaluated abstractly."""
+    """Returns `init() -> TrainState`, to be jitted or evaluated abstractly.
+
+    SAM's parameters lie below `sam/`, as in the systems that it is pretrained for.
+    """
 
     def init() -> TrainState:
         side = config.model.image_size
         key = jax.random.key(config.seed)
         params = sam.init(key, jnp.zeros((1, side, side, 3)))["params"]
         params = prepare_to_look(params, jax.random.fold_in(key, 1))
-        return new_state({"params": params}, optimiser, config)
+        return new_state({"params": {"sam": params}}, optimiser, config)
 
     return init
 
@@ -78,7 +81,7 @@ def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh, side: int):
     rows = along_batch(mesh, settings.images)
 
     def loss_fn(trainable, frozen, scenes: Scenes, keys: jax.Array):
-        variables = {"params": gather(mesh)(merge_params(trainable, frozen))}
+        variables = {"params": gather(mesh)(merge_params(trainable, frozen)["sam"])}
         return promptable_loss(sam, variables, scenes, keys, settings, config.input.normalise)
 
     def step(state: TrainState, numbers: jax.Array) -> tuple[TrainState, dict]:

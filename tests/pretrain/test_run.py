@@ -107,6 +107,14 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
     with pytest.raises(UserError, match=r"set --config\.input\.normalise=sam"):
         load_weights(resumed, "sam", "tiny", normalise="minmax")
 
+    # Another run may go on from there, with its own steps.
+    config.model.sam_weights, config.train.steps = str(resumed), 1
+    config.train.learning_rate = 0.0
+    onward, _ = read_weights(run.pretrain(config, tmp_path / "onward"))
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(array, onward[path], err_msg=path)
+
+    config.model.sam_weights, config.train.steps = "", 4
     config.pretrain.prompts = 4
     with pytest.raises(UserError, match=r"pretrain\.prompts=2"):
         run.pretrain(config, tmp_path / "cut")
