@@ -5,9 +5,9 @@
 
 DIR holds scans as TotalSegmentator has them; without it, phantoms and held-out scenes are made.
 Prompts are drawn from the true mask: its tight box, or its deepest pixel. Of the three masks the
-one is taken that the model itself thinks best. IoU on the grid of the model's input, of every slice
-where the organ has `LEAST_PIXELS` there: the mean over slices, ± the standard deviation of the
-scans' means.
+one is taken that the model itself thinks best; "the box itself" is what the whole box has, taken
+for the mask. IoU on the grid of the model's input, of every slice where the organ has
+`LEAST_PIXELS` there: the mean over slices, ± the standard deviation of the scans' means.
 """
 
 import argparse
@@ -58,11 +58,19 @@ def organ_slices(root, organ: str, side: int) -> list[Prompted]:
     return found
 
 
+def whole_box_ious(examples: Prompted) -> np.ndarray:
+    """IoU (N,) of the boxes themselves, taken for masks: what a model has to surpass."""
+    sides = examples.boxes[:, 2:] - examples.boxes[:, :2]
+    return examples.masks.sum(axis=(1, 2)) / sides.prod(axis=1)
+
+
 def row(name: str, answer, variables, scans: list[Prompted]) -> str:
-    """A row of the table: IoU from a box and from a point."""
-    ious = [prompt_ious(answer, variables, scan) for scan in scans]
+    """A row of the table: IoU from a box, from a point, and of the box itself."""
+    ious = [
+        prompt_ious(answer, variables, scan) | {"whole box": whole_box_ious(scan)} for scan in scans
+    ]
     cells = [name, str(len(scans)), str(sum(len(iou["box"]) for iou in ious))]
-    for prompt in ("box", "point"):
+    for prompt in ("box", "point", "whole box"):
         values = np.concatenate([iou[prompt] for iou in ious])
         spread = np.std([iou[prompt].mean() for iou in ious], ddof=1) if len(scans) > 1 else None
         cells.append(f"{values.mean():.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
@@ -83,7 +91,8 @@ def main() -> None:
     sam, variables = Sam(variant=metadata["model"]), jax.device_put({"params": params})
     side = get_variant(metadata["model"]).image_size
     answer = make_answer(sam, flags.normalise)
-    print("| images | scans | masks | IoU, box | IoU, point |\n|---|---|---|---|---|")
+    print("| images | scans | masks | IoU, box | IoU, point | the box itself |")
+    print("|---|---|---|---|---|---|")
     if flags.scans:
         for organ in flags.organs:
             scans = organ_slices(flags.scans, organ, side)

@@ -40,7 +40,7 @@ def get_config(variant: str = "sam_mix"):
     """
     if variant not in VARIANTS:
         raise UserError(f"config: no variant {variant!r}: expected one of {', '.join(VARIANTS)}.")
-    config = quickstart.get_config()
+    config = quickstart.get_config("random")
     config.data.size = 64
     config.model.image_size = 64
     config.train.batch_labelled = 4

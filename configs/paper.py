@@ -10,7 +10,7 @@ Labels    K counts the training masks alone: all slices of the 15 patients that 
           every slice, which choose the best checkpoint of every system
 Model     all at 128 pixels; SAM is the mini of weights/, pretrained on drawn shapes
 Budget    SAM-Mix a tenth of the steps of the baselines, as in the paper
-Expected  docs/results.md
+Expected  docs/results.md, as far as it is measured
 
 Learning rates and augmentation are still the configs' own: benchmarks/paper_tuning.py chooses them
 on validation and was not run yet.
@@ -28,13 +28,12 @@ from configs.baselines import (
 )
 from sammix_jax.errors import UserError
 
-WEIGHTS = "weights/sam_mini.safetensors"
 STEPS, BASELINE_STEPS = 300, 3000
 PROMPTS, DECODER = r"sam/prompt_encoder/(?!position_encoding).*", r"sam/mask_decoder/.*"
 NO_MASK = r"sam/prompt_encoder/no_mask_embed"
 LORA = r"sam/image_encoder/.*/lora_.*"
 # Images are normalised as they were in pretraining.
-PRETRAINED = {"model.sam_weights": WEIGHTS, "input.normalise": "sam"}
+PRETRAINED = quickstart.STARTS["pretrained"]
 # What each learns on a pretrained SAM, whose encoder is frozen: as on LiTS.
 TRAINED = {
     "sam_pp": {"train.trainable": (PROMPTS, DECODER)},
@@ -58,7 +57,7 @@ SYSTEMS = {
         PRETRAINED | TRAINED["sam_mix"] | SAM_MIX,
     ),
     "sam_mix": (quickstart.get_config, PRETRAINED | TRAINED["sam_mix"] | SAM_MIX),
-    "sam_mix_random": (quickstart.get_config, {"model.sam_weights": ""} | SAM_MIX),
+    "sam_mix_random": (quickstart.get_config, quickstart.STARTS["random"] | SAM_MIX),
 }
 
 

@@ -31,7 +31,7 @@ def sample():
 
 def small_config():
     """The quickstart in a size that trains in seconds."""
-    config = quickstart.get_config()
+    config = quickstart.get_config("random")
     config.data.size = 64
     config.data.phantom.scans = 5
     config.data.phantom.unlabelled = 1

@@ -37,7 +37,7 @@ def command(config, tmp_path):
     }
     return [
         "tests/toy_run.py",
-        "--config=configs/quickstart.py",
+        "--config=configs/quickstart.py:random",
         f"--workdir={tmp_path}",
         *(f"--config.{field}={value}" for field, value in fields.items()),
     ]

@@ -22,7 +22,7 @@ from sammix_jax.train import train
     ],
 )
 def test_learns_the_right_kidney(sample, tmp_path, steps, least_dice):
-    config = quickstart.get_config()
+    config = quickstart.get_config("random")
     config.data.root = str(sample)
     config.data.organ = "kidney_right"
     config.data.split = (1, 0, 0)

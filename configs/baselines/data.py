@@ -14,7 +14,7 @@ def sam_mix_config(data: str):
     """
     if data not in VARIANTS:
         raise UserError(f"config: no variant {data!r}: expected one of {', '.join(VARIANTS)}.")
-    return quickstart.get_config() if data == "phantom" else lits.get_config()
+    return quickstart.get_config("random") if data == "phantom" else lits.get_config()
 
 
 def base_config(data: str):

@@ -19,7 +19,8 @@ from benchmarks.paper_tables import (
 )
 from benchmarks.rows import DOMAINS
 from configs import pretrain_mini
-from configs.paper import BASELINE_STEPS, STEPS, SYSTEMS, WEIGHTS, get_config
+from configs.paper import BASELINE_STEPS, STEPS, SYSTEMS, get_config
+from configs.quickstart import STARTS
 from sammix_jax.config_rules import check_config
 from sammix_jax.data.files import write_json
 from sammix_jax.errors import UserError
@@ -81,7 +82,8 @@ def test_sam_mix_has_a_tenth_of_the_baselines_steps():
 def test_who_starts_from_the_pretrained_sam():
     start = {system: get_config(system).model.sam_weights for system in SYSTEMS}
     sams = {"sam_pp_0", "sam_pp", "samed", "labelled_only", "sam_mix"}
-    assert {system for system, weights in start.items() if weights == WEIGHTS} == sams
+    weights = STARTS["pretrained"]["model.sam_weights"]
+    assert {system for system, file in start.items() if file == weights} == sams
     assert {start[system] for system in SYSTEMS if system not in sams} == {""}
     # Normalised as in pretraining.
     for system in sams:
