@@ -53,12 +53,18 @@ def make_init(sam: Sam, optimiser: optax.GradientTransformation, config):
 
 
 def prepare_to_look(params: dict, key: jax.Array) -> dict:
-    """Gives random weights two things without which they long learn nothing from an image.
+    """Gives random weights two things that hasten the beginning.
 
     Queries and keys that are projected alike are alike where a prompt and a cell have one place: so
     the decoder looks at what a point shows from the first step, where else it must first find out
     that equal codes are equal places. And a patch of one grey is a vector times that grey, of which
     the first LayerNorm keeps the sign; with a bias of the same size it keeps the grey as an angle.
+    After 150 steps the IoU from a point was 0.276 with both, 0.215 with the first and 0.000 with
+    neither; after 450 it was 0.317, 0.305 and 0.275.
+
+    Args:
+      params: of a `Sam`, nested.
+      key: of the bias.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     bias = "image_encoder/patch_embed/bias"

@@ -63,6 +63,18 @@ def test_every_trained_leaf_learns_and_the_constant_stays(tiny):
         assert 0 <= float(metrics[name]) <= 1
 
 
+def test_random_weights_look_where_they_are_asked(tiny):
+    _, state = tiny
+    kernels = {path: x for path, x in state.trainable.items() if path.endswith("k_proj/kernel")}
+    alike = {
+        path: np.array_equal(x, state.trainable[path.replace("k_proj", "q_proj")])
+        for path, x in kernels.items()
+    }
+    assert alike == {path: "self_attn" not in path for path in kernels} and len(kernels) == 7
+    bias = state.trainable["sam/image_encoder/patch_embed/bias"]
+    assert 0.5 < np.std(bias) < 1.5
+
+
 def test_a_step_is_a_function_of_seed_and_step_not_of_where_an_image_lies(tiny):
     step, state = tiny
     first, _ = step(state, jnp.arange(3))
