@@ -41,6 +41,12 @@ PATIENTS = 6  # of a phantom domain
 SEED = 77  # of phantoms that no config of this project makes
 
 
+def variables_of(arrays: dict[str, np.ndarray]) -> dict:
+    """What `Sam.apply` takes, in float32, from the arrays of a weight file."""
+    params = {path: jnp.asarray(array, jnp.float32) for path, array in arrays.items()}
+    return jax.device_put({"params": traverse_util.unflatten_dict(params, sep="/")})
+
+
 def organ_slices(root, organ: str, side: int) -> list[Prompted]:
     """The slices of every scan below `root` that show the organ, prepared as for training."""
     found = []
@@ -85,10 +91,7 @@ def main() -> None:
     parser.add_argument("--normalise", default="sam", help="input.normalise of the pretraining")
     flags = parser.parse_args()
     arrays, metadata = read_weights(flags.weights)
-    params = traverse_util.unflatten_dict(
-        {path: jnp.asarray(array, jnp.float32) for path, array in arrays.items()}, sep="/"
-    )
-    sam, variables = Sam(variant=metadata["model"]), jax.device_put({"params": params})
+    sam, variables = Sam(variant=metadata["model"]), variables_of(arrays)
     side = get_variant(metadata["model"]).image_size
     answer = make_answer(sam, flags.normalise)
     print("| images | scans | masks | IoU, box | IoU, point | the box itself |")

@@ -4,13 +4,11 @@ import hashlib
 import pathlib
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from benchmarks.zero_shot import organ_slices, whole_box_ious
+from benchmarks.zero_shot import organ_slices, variables_of, whole_box_ious
 from configs import pretrain_mini, quickstart
 from sammix_jax.data.phantom import DOMAINS, write_totalsegmentator
 from sammix_jax.models.sam.sam import Sam, count_parameters
@@ -27,8 +25,7 @@ MOST_BYTES = 12e6
 def iou():
     """`iou(examples) -> {"box", "point"}`, each the mean over examples."""
     arrays = load_weights(FILE, "sam", "mini", pretrain_mini.get_config().input.normalise)
-    params = {path: jnp.asarray(array, jnp.float32) for path, array in arrays.items()}
-    variables = jax.device_put({"params": traverse_util.unflatten_dict(params, sep="/")})
+    variables = variables_of(arrays)
     answer = make_answer(Sam(variant="mini"), "sam")
     return lambda examples: {
         prompt: values.mean() for prompt, values in prompt_ious(answer, variables, examples).items()
