@@ -236,7 +236,9 @@ def test_results_report_and_means(tmp_path):
     write_json(run / "split.json", {"train": ["a", "b"], "val": ["c"], "test": []})
     write_json(run / "labels.json", [{"scan": "a", "slice": 1}])
     (run / "metrics.csv").write_text("step,metric,value\n1,train/loss,0.9\n")
-    (run / "checkpoints" / "best" / "40" / "state").write_bytes(b"")
+    best = run / "checkpoints" / "best"
+    (best / "40" / "commit_success.txt").write_bytes(b"")
+    (best / "41" / "state").write_bytes(b"")  # still being written
     folder = run / "evaluation" / "test"
     (folder / "stale.png").write_bytes(b"of an earlier evaluation")
 
