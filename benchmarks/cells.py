@@ -31,6 +31,24 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Score:
+    """What one trained model has on one scan.
+
+    Attributes:
+      variant, count, seed, domain, protocol, scan: which.
+      values: by metric; None where the scan has none.
+    """
+
+    variant: str
+    count: int
+    seed: int
+    domain: str
+    protocol: str
+    scan: str
+    values: Mapping[str, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Cell:
     """A number over S seeds and P patients.
 
@@ -53,54 +71,55 @@ class Cell:
 Key = tuple[str, int, str, str, str]
 
 
-def cells(
-    rows: Iterable[Row],
-    order: Iterable[str],
-    metrics: Collection[str],
-    diagnostics: Mapping[str, str] | None = None,
-) -> dict[Key, Cell]:
-    """Cells by variant, number of labels, domain, protocol and metric.
-
-    The protocol of diagnostics is "". A metric that no patient has gets no cell.
-
-    Args:
-      rows: what was run.
-      order: of the variants in the result; in each, numbers of labels grow.
-      metrics: columns of cases.csv.
-      diagnostics: what results.json says of a whole run, and in which of its parts.
-
-    Raises:
-      ValueError: the seeds of a cell have values of different scans, so that the mean over seeds
-        and the interval over patients would have different centres; or an unknown variant.
-    """
-    rows, order = list(rows), list(order)
-    scores, of_runs = _scores(rows, metrics), _diagnostics(rows, diagnostics or {})
-    found = {key: _score_cell(key, by_seed) for key, by_seed in scores.items()}
-    found |= {
-        key: Cell(*_mean_std([value for value, _ in pairs]), None, None, len(pairs), pairs[0][1])
-        for key, pairs in of_runs.items()
-    }
-    return {key: found[key] for key in sorted(found, key=lambda k: (order.index(k[0]), k[1]))}
-
-
-def _scores(rows: list[Row], metrics: Collection[str]) -> dict[Key, dict[int, dict[str, float]]]:
-    """Values of cases.csv by seed and scan, those that there are."""
-    values: dict[Key, dict[int, dict[str, float]]] = {}
+def read_scores(rows: Iterable[Row], metrics: Collection[str]) -> list[Score]:
+    """What the rows' cases.csv say; `metrics` are columns of it."""
+    scores = []
     for row in rows:
         with open(row.folder / CASES, newline="") as file:
             for case in csv.DictReader(file):
-                for metric in metrics:
-                    key = (row.variant, row.count, row.domain, case["protocol"], metric)
-                    by_scan = values.setdefault(key, {}).setdefault(row.seed, {})
-                    if case[metric] != "":
-                        by_scan[case["scan"]] = float(case[metric])
-    return {key: by_seed for key, by_seed in values.items() if any(by_seed.values())}
+                values = {m: float(case[m]) if case[m] else None for m in metrics}
+                which = (row.variant, row.count, row.seed, row.domain)
+                scores.append(Score(*which, case["protocol"], case["scan"], values))
+    return scores
 
 
-def _diagnostics(
-    rows: list[Row], diagnostics: Mapping[str, str]
-) -> dict[Key, list[tuple[float, int]]]:
-    """A value of results.json and its number of patients for each seed that has one."""
+def cells(scores: Iterable[Score]) -> dict[Key, Cell]:
+    """Cells by variant, number of labels, domain, protocol and metric.
+
+    A metric that no patient has gets no cell.
+
+    Raises:
+      ValueError: the seeds of a cell have values of different scans, so that the mean over seeds
+        and the interval over patients would have different centres.
+    """
+    values: dict[Key, dict[int, dict[str, float]]] = {}
+    for s in scores:
+        for metric, value in s.values.items():
+            key = (s.variant, s.count, s.domain, s.protocol, metric)
+            by_scan = values.setdefault(key, {}).setdefault(s.seed, {})
+            if value is not None:
+                by_scan[s.scan] = value
+    return {key: _score_cell(key, seeds) for key, seeds in values.items() if any(seeds.values())}
+
+
+def in_order(found: dict[Key, Cell], order: Iterable[str]) -> dict[Key, Cell]:
+    """The cells with variants in this order and, in each, growing numbers of labels.
+
+    Raises:
+      ValueError: a cell of another variant.
+    """
+    order = list(order)
+    return {key: found[key] for key in sorted(found, key=lambda k: (order.index(k[0]), k[1]))}
+
+
+def diagnostic_cells(rows: Iterable[Row], diagnostics: Mapping[str, str]) -> dict[Key, Cell]:
+    """As `cells`, under the protocol "", what results.json says of a whole run.
+
+    Args:
+      rows: what was run.
+      diagnostics: names of values, and in which part of results.json they stand.
+    """
+    # A value and its number of patients for each seed that has one.
     values: dict[Key, list[tuple[float, int]]] = {}
     for row in rows:
         results = read_json(row.folder / RESULTS)
@@ -108,7 +127,10 @@ def _diagnostics(
             if (value := results[part][name]) is not None:
                 key = (row.variant, row.count, row.domain, "", name)
                 values.setdefault(key, []).append((value, len(results["scans"])))
-    return values
+    return {
+        key: Cell(*_mean_std([value for value, _ in pairs]), None, None, len(pairs), pairs[0][1])
+        for key, pairs in values.items()
+    }
 
 
 def _score_cell(key: Key, by_seed: dict[int, dict[str, float]]) -> Cell:

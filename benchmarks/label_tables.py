@@ -8,7 +8,16 @@ from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
-from benchmarks.cells import Cell, Key, Row, cell_text, cells
+from benchmarks.cells import (
+    Cell,
+    Key,
+    Row,
+    cell_text,
+    cells,
+    diagnostic_cells,
+    in_order,
+    read_scores,
+)
 from configs.labels import VARIANTS
 from sammix_jax import figures
 
@@ -25,7 +34,9 @@ NAMES = {
 
 def label_cells(rows: Iterable[Row]) -> dict[Key, Cell]:
     """What the tables are made of; variants in the order of `configs.labels.VARIANTS`."""
-    return cells(rows, VARIANTS, METRICS, DIAGNOSTICS)
+    rows = list(rows)
+    found = cells(read_scores(rows, METRICS)) | diagnostic_cells(rows, DIAGNOSTICS)
+    return in_order(found, VARIANTS)
 
 
 def markdown(found: dict[Key, Cell], domains: tuple[str, ...], protocols: tuple[str, ...]) -> str:

@@ -4,16 +4,17 @@
     make bench-paper ARGS="--seeds 0 --counts 50 --systems unet samed sam_mix sam_mix_random"
 
 Each row is a workdir below --workdir; a finished one is taken as it is, one that was stopped goes
-on, so that the rows may be split over several runs or machines that share the folder. Writes
-paper.md, paper.csv, paper.png and steps.png there after each row, from all finished rows of the
-folder.
+on, so that the rows may be split over several runs or machines that share the folder. After each
+row, scores.csv and curves.csv in --record hold what the rows of both folders have (of a row that is
+in both, the workdir's), and paper.md, paper.csv, paper.png and steps.png there are made from them.
 """
 
 import argparse
 import itertools
 import pathlib
 
-from benchmarks.cells import Row, write_csv
+from benchmarks.cells import write_csv
+from benchmarks.paper_record import Key, Record, read_records, records_of, write_records
 from benchmarks.paper_tables import (
     best_baseline,
     markdown,
@@ -21,7 +22,7 @@ from benchmarks.paper_tables import (
     plot_labels,
     plot_steps,
 )
-from benchmarks.rows import DOMAINS, place_row, row_folder, run_rows
+from benchmarks.rows import DOMAINS, place_row, run_rows
 from configs import paper
 
 # SAM-PP-0 learns from nothing: one row of it serves all.
@@ -57,21 +58,21 @@ def planned(systems, counts, seeds):
             yield 0, 0, system
 
 
-def write_tables(rows: list[Row], folder: pathlib.Path) -> str:
-    """Writes the table and figures of these rows; returns the table."""
-    found = paper_cells(rows)
+def write_tables(records: dict[Key, Record], folder: pathlib.Path) -> str:
+    """Writes the table and figures of these records; returns the table."""
+    found = paper_cells(records)
     write_csv(found, folder / "paper.csv")
-    table = markdown(found, DOMAINS)
+    steps = {(system, count): r.steps for (system, count, _), r in records.items()}
+    table = markdown(found, steps, DOMAINS)
     (folder / "paper.md").write_text(table)
     plot_labels(found, DOMAINS, folder / "paper.png")
     best = best_baseline(found, DOMAINS[0], SHOWN_COUNT)
-    runs = {
-        system: [row_folder(folder, system, SHOWN_COUNT, seed) for seed in sorted(seeds)]
-        for system in ("sam_mix", best)
-        if (seeds := {r.seed for r in rows if (r.variant, r.count) == (system, SHOWN_COUNT)})
-    }
-    if runs:
-        plot_steps(runs, folder / "steps.png")
+    curves: dict[str, list] = {}
+    for (system, count, _), record in sorted(records.items()):
+        if system in ("sam_mix", best) and count == SHOWN_COUNT:
+            curves.setdefault(system, []).append(record.curve)
+    if curves:
+        plot_steps(curves, folder / "steps.png")
     return table
 
 
@@ -82,14 +83,20 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=[5, 50, 100])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=1.0, help="of each system's steps")
+    parser.add_argument("--record", type=pathlib.Path, help="default: the workdir")
     args = parser.parse_args()
-    run_rows(
-        planned(args.systems, args.counts, args.seeds),
-        lambda system, count, seed: row_config(system, count, seed, args.workdir, args.share),
-        args.workdir,
-        lambda rows: write_tables(rows, args.workdir),
-    )
-    print(f"\n{(args.workdir / 'paper.md').read_text()}")
+    kept = args.record or args.workdir
+
+    def config_of(system: str, count: int, seed: int):
+        return row_config(system, count, seed, args.workdir, args.share)
+
+    def write(rows) -> None:
+        records = read_records(kept) | records_of(rows, config_of)
+        write_records(kept, records)
+        write_tables(records, kept)
+
+    run_rows(planned(args.systems, args.counts, args.seeds), config_of, args.workdir, write)
+    print(f"\n{(kept / 'paper.md').read_text()}")
 
 
 if __name__ == "__main__":

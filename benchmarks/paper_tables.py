@@ -1,22 +1,23 @@
-"""Table and figures of the paper's comparison, from each row's evaluation folder."""
+"""Table and figures of the paper's comparison, from the records of its rows."""
 
 from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.cells import Cell, Key, Row, cell_text, cells
+from benchmarks import paper_record
+from benchmarks.cells import Cell, Key, cell_text, cells, in_order
+from benchmarks.paper_record import Record
 from configs.paper import SYSTEMS, get_config
 from sammix_jax import figures
+from sammix_jax.errors import UserError
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES
-from sammix_jax.train_log import read_log
 
-# Per volume and in mm, then per slice of those that show the organ and in pixels, as in the paper.
-METRICS = {"dice": 3, "hd95_mm": 1, "slice_dice": 3, "slice_hausdorff_px": 1}  # digits shown
+DIGITS = {"dice": 3, "hd95_mm": 1, "slice_dice": 3, "slice_hausdorff_px": 1}
 NAMES = {
     "unet": "U-Net",
     "nnunet": "nnU-Net's form",
@@ -37,14 +38,33 @@ def headline(system: str) -> str:
     return make_system(get_config(system)).headline
 
 
-def paper_cells(rows: Iterable[Row]) -> dict[Key, Cell]:
-    """What the table is made of; systems in the order of `configs.paper.SYSTEMS`."""
-    return cells(rows, SYSTEMS, METRICS)
+def paper_cells(records: Mapping[paper_record.Key, Record]) -> dict[Key, Cell]:
+    """What the table is made of; systems in the order of `configs.paper.SYSTEMS`.
+
+    Raises:
+      UserError: seeds of one cell differ in their steps or in whence SAM began.
+    """
+    budgets = {}
+    for (system, count, seed), r in records.items():
+        first = budgets.setdefault((system, count), (seed, r.steps, r.sam_weights))
+        if first[1:] != (r.steps, r.sam_weights):
+            raise UserError(
+                f"{system}, k={count}: seed {first[0]} has {first[1]} steps from weights "
+                f"{first[2]!r}, seed {seed} has {r.steps} from {r.sam_weights!r}; expected the "
+                "same of every seed: run one again, or remove its lines from the record."
+            )
+    return in_order(cells(s for r in records.values() for s in r.scores), SYSTEMS)
 
 
-def markdown(found: dict[Key, Cell], domains: tuple[str, str]) -> str:
-    """The table: a row for each system and number of labels, both domains side by side."""
-    head = ["system", "k", "protocol", "seeds"]
+def markdown(
+    found: dict[Key, Cell], steps: Mapping[tuple[str, int], int], domains: tuple[str, str]
+) -> str:
+    """The table: a row for each system and number of labels, both domains side by side.
+
+    Args:
+      steps: of training, by system and number of labels.
+    """
+    head = ["system", "k", "steps", "protocol", "seeds"]
     for domain in domains:
         head += [f"{domain}: Dice", "HD95 [mm]", "slice Dice", "slice HD [px]"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -52,11 +72,11 @@ def markdown(found: dict[Key, Cell], domains: tuple[str, str]) -> str:
         protocol = headline(system)
         known = [found.get((system, count, domain, protocol, "dice")) for domain in domains]
         seeds = next((str(cell.seeds) for cell in known if cell), "–")
-        row = [NAMES[system], str(count), _marked(protocol), seeds]
+        row = [NAMES[system], str(count), str(steps[system, count]), _marked(protocol), seeds]
         row += [
             cell_text(found.get((system, count, domain, protocol, metric)), digits, interval=False)
             for domain in domains
-            for metric, digits in METRICS.items()
+            for metric, digits in DIGITS.items()
         ]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
@@ -92,17 +112,18 @@ def plot_labels(found: dict[Key, Cell], domains: tuple[str, str], path: pathlib.
     figures.save(figure, path)
 
 
-def plot_steps(workdirs: dict[str, list[pathlib.Path]], path: pathlib.Path) -> None:
+def plot_steps(
+    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], path: pathlib.Path
+) -> None:
     """Dice on the validation patients over steps, a line for each run.
 
     Args:
-      workdirs: system → its runs of one number of labels.
+      curves: system → step and Dice of each of its runs.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for i, (system, runs) in enumerate(workdirs.items()):
-        for j, run in enumerate(runs):
-            curve = [(step, value) for step, name, value in read_log(run) if name == "val/dice"]
+    for i, (system, runs) in enumerate(curves.items()):
+        for j, curve in enumerate(runs):
             label = NAMES[system] if j == 0 else None
             axis.plot(*zip(*curve, strict=True), color=f"C{i}", marker=".", label=label)
     axis.set(xscale="log", xlabel="steps", ylabel="Dice, validation patients")

@@ -1,6 +1,8 @@
 """The paper's comparison: which rows there are, what they differ in, and what the table says."""
 
 import csv
+import hashlib
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from matplotlib.image import imread
 
 from benchmarks import paper, paper_tuning
 from benchmarks.cells import Row
+from benchmarks.paper_record import Record, read_records, records_of, write_records
 from benchmarks.paper_tables import (
     NAMES,
     best_baseline,
@@ -22,30 +25,38 @@ from configs import pretrain_mini
 from configs.paper import BASELINE_STEPS, STEPS, SYSTEMS, get_config
 from configs.quickstart import STARTS
 from sammix_jax.config_rules import check_config
-from sammix_jax.data.files import write_json
 from sammix_jax.errors import UserError
 from sammix_jax.optim import split_params
 from sammix_jax.systems.named import make_system
+
+STEPS_OF = {("unet", 50): 77, ("sam_pp", 50): 5, ("sam_mix", 50): 6}
 
 
 @pytest.fixture
 def row(tmp_path):
     """Makes the files of one row, with one Dice for each of two scans and protocols."""
 
-    def make(system, dice, count=50, seed=0, domain=DOMAINS[0], protocols=None):
-        folder = tmp_path / f"{system}-k{count}-s{seed}" / domain
+    def make(system, dice, count=50, seed=0, domain=DOMAINS[0], protocols=None, curve=(0.2, 0.5)):
+        workdir = tmp_path / f"{system}-k{count}-s{seed}"
+        folder = workdir / "evaluation" / domain
         folder.mkdir(parents=True)
+        log = [f"{100 * i + 100},val/dice,{value}" for i, value in enumerate(curve)]
+        (workdir / "metrics.csv").write_text("\n".join(["step,metric,value", *log]))
         columns = ("scan", "protocol", "dice", "hd95_mm", "slice_dice", "slice_hausdorff_px")
         with open(folder / "cases.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             for scan, value in zip("ab", dice, strict=True):
                 for protocol in protocols or (headline(system),):
-                    writer.writerow((scan, protocol, value, 12.34, value - 0.1, 7))
-        write_json(folder / "results.json", {"scans": ["a", "b"]})
+                    writer.writerow((scan, protocol, value, 12.34, round(value - 0.1, 3), 7))
         return Row(system, count, seed, domain, folder)
 
     return make
+
+
+def recorded(rows, folder):
+    """The records of rows, of the comparison's own configs."""
+    return records_of(rows, lambda *key: paper.row_config(*key, folder))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -125,7 +136,7 @@ def test_a_share_of_the_budget_leaves_as_many_validations_to_all(tmp_path):
                 assert steps // every == 10
 
 
-def test_the_table_has_a_row_for_each_system_and_says_who_was_told_the_answer(row):
+def test_the_table_has_a_row_for_each_system_and_says_who_was_told_the_answer(row, tmp_path):
     rows = [
         row("unet", (0.6, 0.8)),
         row("unet", (0.5, 0.7), seed=1),
@@ -136,38 +147,58 @@ def test_the_table_has_a_row_for_each_system_and_says_who_was_told_the_answer(ro
     ]
     lines = [
         [part.strip() for part in line.strip("|").split("|")]
-        for line in markdown(paper_cells(rows), DOMAINS).splitlines()
+        for line in markdown(paper_cells(recorded(rows, tmp_path)), STEPS_OF, DOMAINS).splitlines()
     ]
     head, _, unet, sam_pp, sam_mix = lines
-    assert all(len(line) == len(head) == 12 for line in lines)
-    assert unet[:4] == ["U-Net", "50", "`none`", "2"]
-    assert unet[4] == "0.650 ± 0.071" and unet[6] == "0.550 ± 0.071"
-    assert unet[8] == "0.400 ± 0.000" and unet[5] == "12.3 ± 0.0"
-    assert sam_pp[2] == "`gt_points`, oracle" and sam_pp[8] == "–"
-    assert sam_mix[2] == "`cam`" and sam_mix[4] == "0.850"
+    assert all(len(line) == len(head) == 13 for line in lines)
+    assert unet[:5] == ["U-Net", "50", "77", "`none`", "2"]
+    assert unet[5] == "0.650 ± 0.071" and unet[7] == "0.550 ± 0.071"
+    assert unet[9] == "0.400 ± 0.000" and unet[6] == "12.3 ± 0.0"
+    assert sam_pp[3] == "`gt_points`, oracle" and sam_pp[9] == "–"
+    assert sam_mix[3] == "`cam`" and sam_mix[5] == "0.850"
 
 
-def test_the_best_baseline_is_one_that_nobody_prompts(row):
+def test_the_best_baseline_is_one_that_nobody_prompts(row, tmp_path):
     rows = [row("unet", (0.6, 0.8)), row("samed", (0.7, 0.8)), row("sam_pp", (0.9, 0.9))]
     rows.append(row("sam_mix", (0.9, 0.9), protocols=("cam", "none")))
-    found = paper_cells(rows)
+    found = paper_cells(recorded(rows, tmp_path))
     assert best_baseline(found, DOMAINS[0], 50) == "samed"
     assert best_baseline(found, DOMAINS[0], 5) is None
 
 
 def test_tables_and_figures_are_written_and_drawn(row, tmp_path):
-    rows = [row("unet", (0.6, 0.8)), row("sam_mix", (0.8, 0.9))]
-    for system, curve in (("unet", (0.2, 0.5)), ("sam_mix", (0.6, 0.8))):
-        lines = [f"{100 * i + 100},val/dice,{value}" for i, value in enumerate(curve)]
-        text = "\n".join(["step,metric,value", *lines])
-        (tmp_path / f"{system}-k50-s0" / "metrics.csv").write_text(text)
-    assert paper.write_tables(rows, tmp_path) == (tmp_path / "paper.md").read_text()
+    rows = [row("unet", (0.6, 0.8)), row("sam_mix", (0.8, 0.9), curve=(0.6, 0.8))]
+    records = recorded(rows, tmp_path)
+    assert paper.write_tables(records, tmp_path) == (tmp_path / "paper.md").read_text()
     with open(tmp_path / "paper.csv", newline="") as file:
         assert {line["variant"] for line in csv.DictReader(file)} == {"unet", "sam_mix"}
     for name in ("paper.png", "steps.png"):
         assert imread(tmp_path / name).std() > 0.01
-    plot_steps({"unet": [tmp_path / "unet-k50-s0"]}, tmp_path / "one.png")
+    plot_steps({"unet": [records["unet", 50, 0].curve]}, tmp_path / "one.png")
     assert (imread(tmp_path / "one.png") != imread(tmp_path / "steps.png")).any()
+
+
+def test_records_outlive_their_workdirs(row, tmp_path):
+    rows = [row("unet", (0.6, 0.8)), row("unet", (0.5, 0.7), domain=DOMAINS[1])]
+    rows.append(row("sam_mix", (0.8, 0.9), protocols=("cam", "none"), curve=(0.25, 0.75)))
+    records = recorded(rows, tmp_path)
+    write_records(tmp_path, records)
+    assert read_records(tmp_path) == records
+    sam_mix = records["sam_mix", 50, 0]
+    assert (sam_mix.steps, sam_mix.curve) == (STEPS, [(100, 0.25), (200, 0.75)])
+    weights = pathlib.Path(get_config("sam_mix").model.sam_weights).read_bytes()
+    assert sam_mix.sam_weights == hashlib.sha256(weights).hexdigest()[:8]
+    assert records["unet", 50, 0].sam_weights == ""
+    assert read_records(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize("differs", [{"steps": 300}, {"sam_weights": "0123abcd"}])
+def test_seeds_of_another_budget_or_start_are_refused(differs):
+    records = {("unet", 5, 0): Record(3000, ""), ("unet", 50, 0): Record(300, "")}
+    assert paper_cells(records) == {}
+    records["unet", 5, 1] = Record(**({"steps": 3000, "sam_weights": ""} | differs))
+    with pytest.raises(UserError, match=r"^unet, k=5: seed 0 has 3000 steps .* seed 1 has "):
+        paper_cells(records)
 
 
 def test_no_such_system():
@@ -175,13 +206,31 @@ def test_no_such_system():
         get_config("unetr")
 
 
-def test_every_setting_of_a_grid_is_sound(tmp_path):
-    for system in SYSTEMS:
-        if system == "sam_pp_0":
-            continue
-        found = list(paper_tuning.settings(system))
-        assert len(found) == (1 if system in paper_tuning.GRID else 6)
-        for fields in found:
-            config = paper.row_config(system, 50, paper_tuning.SEED, tmp_path)
-            config.update_from_flattened_dict(fields)
-            check_config(config)
+def test_tuning_takes_the_best_rate_and_then_turns_augmentation_round(tmp_path, monkeypatch):
+    tried = []
+
+    def score(system, rate, augment, folder, share):
+        tried.append((rate, augment))
+        return {3e-4: 0.5, 1e-3: 0.7, 3e-3: 0.6}[rate]
+
+    monkeypatch.setattr(paper_tuning, "score", score)
+    paper_tuning.choose("unet", tmp_path, 0.1)
+    usual = get_config("unet").train.augment
+    assert tried == [(3e-4, usual), (1e-3, usual), (3e-3, usual), (1e-3, not usual)]
+
+
+def test_tuning_trains_each_setting_and_tells_its_best_dice(tmp_path, monkeypatch, capsys):
+    def train(config, workdir, store):
+        assert (config.train.learning_rate, config.train.augment) == (3e-3, False)
+        assert config.seed == config.data.labels_seed == paper_tuning.SEED
+        check_config(config)
+        workdir.mkdir()
+        (workdir / "metrics.csv").write_text(
+            "step,metric,value\n30,val/dice,0.2\n60,val/dice,0.6\n90,val/dice,0.4\n"
+        )
+
+    monkeypatch.setattr(paper_tuning.train, "train", train)
+    monkeypatch.setattr(paper_tuning.prepare, "prepare", lambda config, workdir: None)
+    monkeypatch.setattr(paper_tuning, "make_portal", lambda config: None)
+    assert paper_tuning.score("unet", 3e-3, False, tmp_path, 0.1) == 0.6
+    assert capsys.readouterr().out == "| unet | 300 | 0.003 | False | 0.600 |\n"

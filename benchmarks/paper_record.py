@@ -1,0 +1,110 @@
+"""What is kept of each row of the paper's comparison, in two files that outlive its workdir."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterable
+
+from benchmarks.cells import Row, Score, read_scores
+from sammix_jax.data.files import whole_file
+from sammix_jax.train_log import read_log
+
+# Per volume and in mm, then per slice of those that show the organ and in pixels, as in the paper.
+METRICS = ("dice", "hd95_mm", "slice_dice", "slice_hausdorff_px")
+SCORES, CURVES = "scores.csv", "curves.csv"
+ROW_COLUMNS = ("system", "labelled_slices", "seed")
+SCORE_COLUMNS = (*ROW_COLUMNS, "steps", "sam_weights", "domain", "protocol", "scan", *METRICS)
+CURVE_COLUMNS = (*ROW_COLUMNS, "step", "dice")
+
+Key = tuple[str, int, int]  # system, labelled slices, seed
+
+
+@dataclasses.dataclass
+class Record:
+    """A trained row.
+
+    Attributes:
+      steps: of its training.
+      sam_weights: whence SAM began, the first 8 digits of the file's SHA-256; "" of random weights.
+      scores: of each scan of both domains under each protocol.
+      curve: step and mean Dice of the validation patients.
+    """
+
+    steps: int
+    sam_weights: str
+    scores: list[Score] = dataclasses.field(default_factory=list)
+    curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+
+
+def weights_digest(path: str) -> str:
+    """What `Record.sam_weights` says of a file; of no file ""."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:8] if path else ""
+
+
+def records_of(rows: Iterable[Row], config_of: Callable) -> dict[Key, Record]:
+    """Records of finished rows; `config_of(system, count, seed)` is the config of one."""
+    found: dict[Key, Record] = {}
+    for row in rows:
+        key = (row.variant, row.count, row.seed)
+        if key not in found:
+            config = config_of(*key)
+            log = read_log(row.folder.parent.parent)
+            found[key] = Record(
+                steps=config.train.steps,
+                sam_weights=weights_digest(config.model.sam_weights),
+                curve=[(step, value) for step, name, value in log if name == "val/dice"],
+            )
+        found[key].scores += read_scores([row], METRICS)
+    return found
+
+
+def read_records(folder: pathlib.Path) -> dict[Key, Record]:
+    """The records of a folder, none where it has no files of them."""
+    found: dict[Key, Record] = {}
+    for line in _read(folder / SCORES):
+        key = _key(line)
+        record = found.setdefault(key, Record(int(line["steps"]), line["sam_weights"]))
+        values = {m: float(line[m]) if line[m] else None for m in METRICS}
+        which = (line["domain"], line["protocol"], line["scan"])
+        record.scores.append(Score(*key, *which, values))
+    for line in _read(folder / CURVES):
+        found[_key(line)].curve.append((int(line["step"]), float(line["dice"])))
+    return found
+
+
+def write_records(folder: pathlib.Path, records: dict[Key, Record]) -> None:
+    """Writes both files, rows in the order of their keys."""
+    items = sorted(records.items())
+    scores = [
+        (*key, r.steps, r.sam_weights, s.domain, s.protocol, s.scan, *map(_text, s.values.values()))
+        for key, r in items
+        for s in r.scores
+    ]
+    _write(folder / SCORES, SCORE_COLUMNS, scores)
+    curves = [(*key, step, _text(dice)) for key, record in items for step, dice in record.curve]
+    _write(folder / CURVES, CURVE_COLUMNS, curves)
+
+
+def _key(line: dict[str, str]) -> Key:
+    return line["system"], int(line["labelled_slices"]), int(line["seed"])
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _read(path: pathlib.Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: pathlib.Path, columns: tuple[str, ...], lines: Iterable[tuple]) -> None:
+    with whole_file(path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(lines)
