@@ -2,10 +2,10 @@
 
     python -m benchmarks.paper_tuning --systems unet samed --share 0.1
 
-Trains on 50 labelled slices of seed 100, which no row of the comparison uses, for a part of the
-budget: with each learning rate, then at the best of them with the augmentation turned round. Prints
-the best Dice on the three validation patients; what is best goes into configs/paper.py. A setting
-that is trained already is not trained again.
+Trains on 50 labelled slices of seed 100, which no row of the comparison uses, baselines for a part
+of their budget: with each learning rate, then at the best of them with the augmentation turned
+round. Prints the best Dice on the three validation patients; what is best goes into
+configs/paper.py. A setting that is trained already is not trained again.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/paper"))
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
-    parser.add_argument("--share", type=float, default=1 / 3, help="of each system's steps")
+    parser.add_argument("--share", type=float, default=1 / 3, help="of the baselines' steps")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     cache_compilations()

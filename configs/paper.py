@@ -59,6 +59,10 @@ SYSTEMS = {
     "sam_mix": (quickstart.get_config, PRETRAINED | TRAINED["sam_mix"] | SAM_MIX),
     "sam_mix_random": (quickstart.get_config, quickstart.STARTS["random"] | SAM_MIX),
 }
+# Those with the long budget.
+BASELINES = tuple(
+    name for name, (_, fields) in SYSTEMS.items() if BASELINE.items() <= fields.items()
+)
 
 
 def get_config(system: str = "sam_mix"):

@@ -22,7 +22,7 @@ from benchmarks.paper_tables import (
 )
 from benchmarks.rows import DOMAINS
 from configs import pretrain_mini
-from configs.paper import BASELINE_STEPS, STEPS, SYSTEMS, get_config
+from configs.paper import BASELINE_STEPS, BASELINES, STEPS, SYSTEMS, get_config
 from configs.quickstart import STARTS
 from sammix_jax.config_rules import check_config
 from sammix_jax.errors import UserError
@@ -83,10 +83,11 @@ def test_all_rows_share_data_and_differ_in_system_labels_and_seed(tmp_path):
 def test_sam_mix_has_a_tenth_of_the_baselines_steps():
     assert BASELINE_STEPS == 10 * STEPS
     budgets = {system: get_config(system).train.steps for system in SYSTEMS}
+    assert budgets.pop("sam_pp_0") == 0
     assert {s for s, steps in budgets.items() if steps == STEPS} == {
         s for s in SYSTEMS if headline(s) == "cam"
     }
-    assert budgets.pop("sam_pp_0") == 0
+    assert {s for s, steps in budgets.items() if steps == BASELINE_STEPS} == set(BASELINES)
     assert set(budgets.values()) == {STEPS, BASELINE_STEPS}
 
 
@@ -123,17 +124,21 @@ def test_rows_come_seed_by_seed_and_what_learns_nothing_comes_once():
     assert [row for row in rows if row[2] == "sam_pp_0"] == [(0, 0, "sam_pp_0")]
 
 
-def test_a_share_of_the_budget_leaves_as_many_validations_to_all(tmp_path):
-    for share in (1.0, 0.1, 1e-4):
-        for system in SYSTEMS:
+def test_a_share_of_the_baselines_budget_leaves_as_many_validations_to_all(tmp_path):
+    for system in set(SYSTEMS) - {"sam_pp_0"}:
+        whole = paper.row_config(system, 50, 0, tmp_path)
+        for share in (1.0, 0.1, 1e-4):
             config = paper.row_config(system, 50, 0, tmp_path, share)
             steps, every = config.train.steps, config.log.validate_every_steps
-            if system == "sam_pp_0":
-                assert steps == 0
+            if system not in BASELINES:
+                assert config == whole
             elif share == 1e-4:
-                assert steps == every == 1
+                assert steps == every == config.train.warmup_steps == 1
             else:
-                assert steps // every == 10
+                assert steps == share * BASELINE_STEPS
+                assert config.train.warmup_steps == max(1, share * whole.train.warmup_steps)
+            assert steps // every == (1 if steps == 1 else 10)
+    assert paper.row_config("sam_pp_0", 50, 0, tmp_path, 0.1).train.steps == 0
 
 
 def test_the_table_has_a_row_for_each_system_and_says_who_was_told_the_answer(row, tmp_path):
