@@ -88,12 +88,12 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--scans", help="a folder of scans, instead of phantoms and scenes")
     parser.add_argument("--organs", nargs="+", default=ORGANS)
-    parser.add_argument("--normalise", default="sam", help="input.normalise of the pretraining")
     flags = parser.parse_args()
     arrays, metadata = read_weights(flags.weights)
     sam, variables = Sam(variant=metadata["model"]), variables_of(arrays)
     side = get_variant(metadata["model"]).image_size
-    answer = make_answer(sam, flags.normalise)
+    # Only files that were pretrained here say it; the official SAMs have but one.
+    answer = make_answer(sam, metadata.get("normalise", "sam"))
     print("| images | scans | masks | IoU, box | IoU, point | the box itself |")
     print("|---|---|---|---|---|---|")
     if flags.scans:

@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 # epath prefers TensorFlow where there is one; tests/object_store.py stands in for gcsfs.
 os.environ["EPATH_USE_TF"] = "false"
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -19,6 +20,13 @@ from sammix_jax import prepare, train
 
 # A real CT, where it is at hand.
 SAMPLE = ROOT.parent / "shared" / "data" / "totalsegmentator_sample"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_programs():
+    """Compiled programs are let go after each file: those of all files are more than ten GB."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

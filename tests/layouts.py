@@ -98,10 +98,13 @@ def build(devices: int, fsdp: int, accumulate: int) -> Layout:
 def take(layout: Layout, state: TrainState, start: int, stop: int):
     """Takes steps; returns the state and the losses."""
     losses = []
+    batch = place_batch(batches, start, layout.batches, layout.mesh)
+    step = layout.step.lower(state, batch).compile()
+    hosts.wait_for_all("compiled")  # at its first collective one waits 30 seconds for the others
     for i in range(start, stop):
         batch = place_batch(batches, i, layout.batches, layout.mesh)
         with jax.transfer_guard("disallow"):
-            state, metrics = layout.step(state, batch)
+            state, metrics = step(state, batch)
             losses.append(jax.device_get(metrics["loss"]))
     return state, losses
 

@@ -129,14 +129,20 @@ TESTED = {
             "train.accumulate",
         ),
     },
-    "test_systems.py": {
-        "test_every_system_has_a_config_and_a_name": ("model.system",),
-        "test_widths_and_variant_shape_the_networks": ("model.widths", "model.transunet"),
+    "test_points.py": {
         "test_points_prompt_training_and_scoring": (
             "model.prompt",
             "train.points",
             "evaluate.points",
         ),
+    },
+    "test_system_configs.py": {
+        "test_every_system_has_a_config_and_a_name": ("model.system",),
+    },
+    "test_system_steps.py": {
+        "test_widths_and_variant_shape_the_networks": ("model.widths", "model.transunet"),
+    },
+    "test_system_losses.py": {
         "test_negatives_have_empty_masks_and_unknown_labels_no_say": ("loss.negatives",),
         "test_augmentation_is_the_one_named": ("train.augmentation",),
         "test_multimix_adds_up_and_says_whose_labels_count": (

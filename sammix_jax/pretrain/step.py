@@ -172,7 +172,9 @@ def affinity_loss(embeddings: jax.Array, scenes: Scenes) -> jax.Array:
     masks = masks.astype(jnp.float32)
     places = embeddings.astype(jnp.float32).reshape(b, h * w, c)
     places = places - places.mean(axis=1, keepdims=True)
-    places = places / jnp.maximum(jnp.linalg.norm(places, axis=-1, keepdims=True), 1e-6)
+    # Below the root, as a norm has no gradient where all cells are alike.
+    squares = jnp.square(places).sum(axis=-1, keepdims=True)
+    places = places / jnp.sqrt(jnp.maximum(squares, 1e-12))
     logits = SHARPNESS * jnp.einsum("bpc,bqc->bpq", places, places)
     same = owners[:, :, None] == owners[:, None, :]
     unlike = jnp.einsum("bkp,bkq->bpq", masks, masks) == 0

@@ -200,6 +200,14 @@ def test_affinity_wants_cells_of_one_shape_alike_and_others_unlike():
     assert float(affinity_loss(noise, small)) != pytest.approx(np.log(2))
 
 
+def test_affinity_has_a_gradient_where_all_cells_are_alike():
+    masks = jnp.zeros((1, 1, 4, 4), bool).at[:, :, :2].set(True)
+    scene = Scenes(jnp.zeros((1, 4, 4)), masks, jnp.where(masks[:, 0], 0, -1))
+    alike = jnp.ones((1, 2, 2, 3))
+    assert np.isfinite(jax.grad(affinity_loss)(alike, scene)).all()
+    assert np.abs(jax.grad(affinity_loss)(alike.at[0, 0, 0, 0].set(2.0), scene)).max() > 1e-3
+
+
 def test_affinity_does_not_tell_a_part_from_its_whole():
     owners = jnp.zeros((1, 8, 8), jnp.int32).at[:, :, 4:].set(1)  # 1 covers the right half of 0
     scene = scene_of(owners)
