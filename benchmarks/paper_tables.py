@@ -27,6 +27,7 @@ NAMES = {
     "sam_pp": "SAM-PP",
     "samed": "SAMed-style",
     "labelled_only": "SAM-Mix, labelled slices only",
+    "sam_mix_lora": "SAM-Mix, encoder frozen but for LoRA",
     "sam_mix": "SAM-Mix",
     "sam_mix_random": "SAM-Mix, SAM from random weights",
 }

@@ -22,7 +22,7 @@ from sammix_jax.compilation import cache_compilations
 from sammix_jax.train_log import read_log
 
 SEED, COUNT = 100, 50
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 # nnU-Net's form keeps its own: SGD at 1e-2 and its augmentation.
 SYSTEMS = [system for system in paper.SYSTEMS if system not in ("sam_pp_0", "nnunet")]
 HEADER = "| system | steps | learning rate | augmented | Dice, validation |\n|---|---|---|---|---|"

@@ -11,7 +11,13 @@ from matplotlib.image import imread
 
 from benchmarks import paper, paper_tuning
 from benchmarks.cells import Row
-from benchmarks.paper_record import Record, read_records, records_of, write_records
+from benchmarks.paper_record import (
+    Record,
+    read_records,
+    records_of,
+    weights_digest,
+    write_records,
+)
 from benchmarks.paper_tables import (
     NAMES,
     best_baseline,
@@ -93,7 +99,7 @@ def test_sam_mix_has_a_tenth_of_the_baselines_steps():
 
 def test_who_starts_from_the_pretrained_sam():
     start = {system: get_config(system).model.sam_weights for system in SYSTEMS}
-    sams = {"sam_pp_0", "sam_pp", "samed", "labelled_only", "sam_mix"}
+    sams = {"sam_pp_0", "sam_pp", "samed", "labelled_only", "sam_mix_lora", "sam_mix"}
     weights = STARTS["pretrained"]["model.sam_weights"]
     assert {system for system, file in start.items() if file == weights} == sams
     assert {start[system] for system in SYSTEMS if system not in sams} == {""}
@@ -102,7 +108,7 @@ def test_who_starts_from_the_pretrained_sam():
         assert get_config(system).input.normalise == pretrain_mini.get_config().input.normalise
 
 
-@pytest.mark.parametrize("system", ["sam_pp", "samed", "labelled_only", "sam_mix"])
+@pytest.mark.parametrize("system", ["sam_pp", "samed", "sam_mix_lora"])
 def test_a_pretrained_encoder_stays_frozen_but_for_lora(system):
     config = get_config(system)
     images = jnp.zeros((1, config.data.size, config.data.size))
@@ -206,6 +212,18 @@ def test_seeds_of_another_budget_or_start_are_refused(differs):
         paper_cells(records)
 
 
+def test_the_table_in_the_docs_is_that_of_its_record(tmp_path):
+    """And its SAMs began from the weights that lie here."""
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    records = read_records(docs / "paper")
+    assert records
+    table = paper.write_tables(records, tmp_path)
+    assert table == (docs / "paper" / "paper.md").read_text()
+    assert table in (docs / "results.md").read_text()
+    shipped = weights_digest(STARTS["pretrained"]["model.sam_weights"])
+    assert {record.sam_weights for record in records.values()} == {"", shipped}
+
+
 def test_no_such_system():
     with pytest.raises(UserError, match="no system 'unetr'"):
         get_config("unetr")
@@ -216,12 +234,12 @@ def test_tuning_takes_the_best_rate_and_then_turns_augmentation_round(tmp_path, 
 
     def score(system, rate, augment, folder, share):
         tried.append((rate, augment))
-        return {3e-4: 0.5, 1e-3: 0.7, 3e-3: 0.6}[rate]
+        return {3e-4: 0.5, 1e-3: 0.7, 3e-3: 0.6, 1e-2: 0.1}[rate]
 
     monkeypatch.setattr(paper_tuning, "score", score)
     paper_tuning.choose("unet", tmp_path, 0.1)
     usual = get_config("unet").train.augment
-    assert tried == [(3e-4, usual), (1e-3, usual), (3e-3, usual), (1e-3, not usual)]
+    assert tried == [*((rate, usual) for rate in paper_tuning.RATES), (1e-3, not usual)]
 
 
 def test_tuning_trains_each_setting_and_tells_its_best_dice(tmp_path, monkeypatch, capsys):
