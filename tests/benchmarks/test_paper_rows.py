@@ -242,7 +242,10 @@ def test_tuning_takes_the_best_rate_and_then_turns_augmentation_round(tmp_path, 
     assert tried == [*((rate, usual) for rate in paper_tuning.RATES), (1e-3, not usual)]
 
 
-def test_tuning_trains_each_setting_and_tells_its_best_dice(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("system", paper_tuning.SYSTEMS)
+def test_tuning_trains_sound_settings_and_tells_their_best_dice(
+    system, tmp_path, monkeypatch, capsys
+):
     def train(config, workdir, store):
         assert (config.train.learning_rate, config.train.augment) == (3e-3, False)
         assert config.seed == config.data.labels_seed == paper_tuning.SEED
@@ -255,5 +258,5 @@ def test_tuning_trains_each_setting_and_tells_its_best_dice(tmp_path, monkeypatc
     monkeypatch.setattr(paper_tuning.train, "train", train)
     monkeypatch.setattr(paper_tuning.prepare, "prepare", lambda config, workdir: None)
     monkeypatch.setattr(paper_tuning, "make_portal", lambda config: None)
-    assert paper_tuning.score("unet", 3e-3, False, tmp_path, 0.1) == 0.6
-    assert capsys.readouterr().out == "| unet | 300 | 0.003 | False | 0.600 |\n"
+    assert paper_tuning.score(system, 3e-3, False, tmp_path, 0.1) == 0.6
+    assert capsys.readouterr().out == f"| {system} | 300 | 0.003 | False | 0.600 |\n"
