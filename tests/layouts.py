@@ -92,19 +92,17 @@ def build(devices: int, fsdp: int, accumulate: int) -> Layout:
     assert bool(divided) == (fsdp > 1)
     step = jit_train_step(system, optimiser, config, layout, mesh, sharding)
     shapes = abstract(jax.eval_shape(init), sharding)
+    step = step.lower(shapes, place_batch(batches, 0, layout, mesh)).compile()
     return Layout(mesh, layout, shapes, jax.jit(init, out_shardings=sharding), step)
 
 
 def take(layout: Layout, state: TrainState, start: int, stop: int):
     """Takes steps; returns the state and the losses."""
     losses = []
-    batch = place_batch(batches, start, layout.batches, layout.mesh)
-    step = layout.step.lower(state, batch).compile()
-    hosts.wait_for_all("compiled")  # at its first collective one waits 30 seconds for the others
     for i in range(start, stop):
         batch = place_batch(batches, i, layout.batches, layout.mesh)
         with jax.transfer_guard("disallow"):
-            state, metrics = step(state, batch)
+            state, metrics = layout.step(state, batch)
             losses.append(jax.device_get(metrics["loss"]))
     return state, losses
 
@@ -132,6 +130,7 @@ def resumed(before: Layout, after: Layout) -> dict[str, np.ndarray]:
 def main(out: str) -> None:
     hosts.join()
     built = {layout: build(*layout) for layout in LAYOUTS[jax.device_count()]}
+    hosts.wait_for_all("compiled")  # at its first collective one waits 30 seconds for the others
     results = {}
     for layout, program in built.items():
         state, losses = take(program, program.init(), 0, STEPS)
