@@ -205,7 +205,9 @@ def test_affinity_has_a_gradient_where_all_cells_are_alike():
     scene = Scenes(jnp.zeros((1, 4, 4)), masks, jnp.where(masks[:, 0], 0, -1))
     alike = jnp.ones((1, 2, 2, 3))
     assert np.isfinite(jax.grad(affinity_loss)(alike, scene)).all()
-    assert np.abs(jax.grad(affinity_loss)(alike.at[0, 0, 0, 0].set(2.0), scene)).max() > 1e-3
+    # Two cells, two directions: on one line through their mean, cells could only be longer.
+    unlike = alike.at[0, 0, 0, 0].set(2.0).at[0, 1, 1, 1].set(2.0)
+    assert np.abs(jax.grad(affinity_loss)(unlike, scene)).max() > 1e-3
 
 
 def test_affinity_does_not_tell_a_part_from_its_whole():
