@@ -1,7 +1,10 @@
 """Imports go one way: entry points → method and machinery → models and data."""
 
 import ast
+import os
 import pathlib
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -82,6 +85,23 @@ def test_every_package_is_installed():
 
 def test_every_module_has_a_place():
     assert {room(path) for path in MODULES} - {"__init__"} == set(RANK)
+
+
+def test_importing_starts_no_backend():
+    """Processes are joined after the imports and before any use of JAX; with a platform that there
+    is not, the first use fails."""
+    names = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in (*MODULES, *sorted((PACKAGE.parent / "configs").rglob("*.py")))
+    ]
+    imports = "import " + ", ".join(name.removesuffix(".__init__") for name in names)
+    environment = os.environ | {"JAX_PLATFORMS": "none_such"}
+    run = lambda code: subprocess.run(  # noqa: E731
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, env=environment, capture_output=True
+    )
+    done = run(imports)
+    assert done.returncode == 0, done.stderr.decode()
+    assert run(imports + "; import jax; jax.numpy.arange(2)").returncode != 0
 
 
 def test_run_time_needs_no_torch():

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 SHAPES = 12  # in a scene
 # Between the mean grey of a shape and of what it lies on, before blur, grain and gamma.
 LEAST_CONTRAST = 0.08
 TEXTURES = (3, 6, 12, 24, 48)  # cells along a side, of the noise that textures are made of
 
-_ORDERS = jnp.arange(2, 7)  # of the waves on a blob's edge
+_ORDERS = np.arange(2, 7)  # of the waves on a blob's edge
 _SIDES = 7  # of a convex polygon at most
 _LOBES = 4
 _JOINTS = 9  # of a tube's axis
