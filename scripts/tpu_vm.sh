@@ -78,7 +78,18 @@ request() {
 slice() {
   gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)' || true
 }
-existing() { if ((spot)); then request; else slice; fi 2> /dev/null; }
+
+# Whether there is something of this name; dies where nobody can tell.
+there_is() {
+  local kind=$1 state=$2
+  if gcloud compute tpus "$kind" describe "$name" "${place[@]}" --format="value($state)" \
+    > "$scratch/answer" 2>&1; then
+    return 0
+  fi
+  grep -q NOT_FOUND "$scratch/answer" && return 1
+  cat "$scratch/answer" >&2
+  die "cannot tell whether there is a $name: nothing was created"
+}
 
 delete() {
   if ((spot)); then
@@ -120,7 +131,7 @@ pkill -KILL -f '[s]ammix_jax.main'"
 finish() {
   code=$?
   trap - EXIT INT TERM
-  rm -f "$archive"
+  rm -rf "$scratch"
   if ((created)) && ! delete; then
     say "$name was not deleted: see that it is not left there, it costs money"
   fi
@@ -133,11 +144,17 @@ interrupted() {
   exit 143
 }
 
-((dry)) || [[ -z $(existing) ]] || die "$name is there already: give another --name, or delete it"
 created=0
-archive=$(mktemp --suffix=.tar.gz)
+scratch=$(mktemp -d)
+archive=$scratch/sammix.tar.gz
 trap finish EXIT
 trap interrupted INT TERM
+
+if ! ((dry)); then
+  if there_is tpu-vm state || { ((spot)) && there_is queued-resources state.state; }; then
+    die "$name is there already: give another --name, or delete it"
+  fi
+fi
 
 cuts=0
 while true; do

@@ -44,7 +44,7 @@ for phrase, queue in answers.items():
         (here / "answers").write_text(json.dumps(answers))
         while wait and not (here / wait[0]).exists():
             time.sleep(0.05)
-        print(output)
+        print(output, file=sys.stderr if code else sys.stdout)
         sys.exit(code)
 """
 
@@ -102,12 +102,14 @@ def test_shell_is_sound(script):
 TPU = ["--project=p", "--zone=z-a", "--name=n"]
 TRAIN = "sammix_jax.main --config"  # only the command that trains holds it
 CREATE, DELETE, STOP = "queued-resources create", "queued-resources delete", "pkill"
-# The first answer says that nothing of this name is there yet.
-REQUEST = {"queued-resources describe": [["", 1], ["WAITING_FOR_RESOURCES", 0], ["ACTIVE", 0]]}
+# What is said first: that nothing of this name is there yet.
+ABSENT = ["ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource 'n' was not found", 1]
+REQUEST = {"queued-resources describe": [ABSENT, ["WAITING_FOR_RESOURCES", 0], ["ACTIVE", 0]]}
+SLICE = "tpu-vm describe"
 
 
 def tpu_vm(fakes, answers, *options):
-    fakes.answer(REQUEST | answers)
+    fakes.answer(REQUEST | {SLICE: [ABSENT]} | answers)
     return fakes.run("tpu_vm.sh", *TPU, *options, "--", *OPTIONS, POLL_SECONDS="0")
 
 
@@ -143,7 +145,7 @@ def test_a_tpu_run_is_created_installed_trained_and_deleted(fakes):
 
 
 def test_on_demand_asks_for_no_spot(fakes):
-    answers = {"tpu-vm describe": [["", 1], ["READY", 0]]}
+    answers = {SLICE: [ABSENT, ["READY", 0]]}
     code, _, errors = tpu_vm(fakes, answers, "--on-demand", "--accelerator=v6e-8", "--runtime=r")
     assert code == 0, errors
     (create,) = fakes.calls("tpu-vm create")
@@ -170,7 +172,7 @@ def test_a_dry_run_prints_the_commands_and_runs_none(fakes):
 
 @pytest.mark.parametrize("code", [255, 143, 1])
 def test_a_preempted_slice_is_asked_for_again(fakes, code):
-    answers = {TRAIN: [["", code], ["", 0]], "tpu-vm describe": [["PREEMPTED", 0]]}
+    answers = {TRAIN: [["", code], ["", 0]], SLICE: [ABSENT, ["PREEMPTED", 0]]}
     states = ["SUSPENDING", "SUSPENDED", "ACTIVE"]  # it is deleted only once it is SUSPENDED
     first = REQUEST["queued-resources describe"]
     answers["queued-resources describe"] = [*first, *([state, 0] for state in states)]
@@ -184,34 +186,43 @@ def test_a_preempted_slice_is_asked_for_again(fakes, code):
 
 @pytest.mark.parametrize("code", [255, 143])
 def test_a_run_that_was_stopped_goes_on_on_the_same_slice(fakes, code):
-    answers = {TRAIN: [["", code], ["", 0]], "tpu-vm describe": [["READY", 0]]}
+    answers = {TRAIN: [["", code], ["", 0]], SLICE: [ABSENT, ["READY", 0]]}
     assert tpu_vm(fakes, answers)[0] == 0
     assert len(fakes.calls(TRAIN)) == 2 and len(fakes.calls(STOP)) == 1
     assert len(fakes.calls(CREATE)) == len(fakes.calls("requirements/tpu.txt")) == 1
 
 
 def test_a_failure_is_not_repeated_and_deletes(fakes):
-    code, _, errors = tpu_vm(fakes, {TRAIN: [["", 3]], "tpu-vm describe": [["READY", 0]]})
+    code, _, errors = tpu_vm(fakes, {TRAIN: [["", 3]], SLICE: [ABSENT, ["READY", 0]]})
     assert code == 3 and "exit code 3" in errors
     assert len(fakes.calls(TRAIN)) == len(fakes.calls(DELETE)) == 1
 
 
 def test_restarts_have_an_end(fakes):
-    answers = {TRAIN: [["", 255]], "tpu-vm describe": [["", 1]]}
-    assert tpu_vm(fakes, answers, "--restarts=2")[0] == 255
+    assert tpu_vm(fakes, {TRAIN: [["", 255]]}, "--restarts=2")[0] == 255
     assert len(fakes.calls(TRAIN)) == len(fakes.calls(DELETE)) == 3
 
 
 def test_a_request_that_fails_ends_the_script(fakes):
-    answers = {"queued-resources describe": [["", 1], ["FAILED", 0]]}
+    answers = {"queued-resources describe": [ABSENT, ["FAILED", 0]]}
     assert tpu_vm(fakes, answers)[0] != 0
     assert not fakes.calls("tpu-vm ssh") and len(fakes.calls(DELETE)) == 1
 
 
-def test_what_is_there_already_is_left_alone(fakes):
-    code, _, errors = tpu_vm(fakes, {"queued-resources describe": [["ACTIVE", 0]]})
+@pytest.mark.parametrize(
+    "kind, options", [("queued-resources", []), ("tpu-vm", []), ("tpu-vm", ["--on-demand"])]
+)
+def test_what_is_there_already_is_left_alone(fakes, kind, options):
+    code, _, errors = tpu_vm(fakes, {f"{kind} describe": [["ACTIVE", 0]]}, *options)
     assert code == 2 and "n is there already" in errors
-    assert not fakes.calls(CREATE) and not fakes.calls(DELETE)
+    assert not fakes.calls(" create ") and not fakes.calls(" delete ")
+
+
+def test_nothing_is_created_or_deleted_where_nobody_can_tell_what_is_there(fakes):
+    answers = {SLICE: [["ERROR: 503 the service is unavailable", 1], ["READY", 0]]}
+    code, _, errors = tpu_vm(fakes, answers)
+    assert code == 2 and "503" in errors and "cannot tell" in errors
+    assert not fakes.calls(" create ") and not fakes.calls(" delete ")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +240,7 @@ def test_incomplete_commands_are_refused(fakes, arguments):
 
 
 def test_a_stopped_script_lets_the_run_save_and_then_deletes(fakes):
-    fakes.answer(REQUEST | {TRAIN: [["", 143, "saved"]]})
+    fakes.answer(REQUEST | {SLICE: [ABSENT], TRAIN: [["", 143, "saved"]]})
     process = fakes.start("tpu_vm.sh", *TPU, "--", *OPTIONS, POLL_SECONDS="0")
     deadline = time.monotonic() + 30
     while not fakes.calls(TRAIN) and time.monotonic() < deadline:
@@ -365,7 +376,7 @@ def test_the_jobs_command_and_image():
     ]
     lines = [line.split() for line in (SCRIPTS / "Dockerfile").read_text().splitlines()]
     copied = [word for line in lines if line[:1] == ["COPY"] for word in line[1:-1]]
-    assert {"sammix_jax", "configs", "requirements", "requirements.txt"} == set(copied)
+    assert {"sammix_jax", "configs", "weights", "requirements", "requirements.txt"} == set(copied)
     assert all((ROOT / name).exists() for name in copied)
 
 
