@@ -1,6 +1,7 @@
 """How well a SAM answers one box or one point on images of a kind that it was not trained on.
 
     python -m benchmarks.zero_shot --weights=weights/sam_mini.safetensors
+    python -m benchmarks.zero_shot --weights=… --side=128
     python -m benchmarks.zero_shot --weights=… --scans=DIR --organs liver spleen
 
 DIR holds scans as TotalSegmentator has them; without it, phantoms and held-out scenes are made.
@@ -88,11 +89,13 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--scans", help="a folder of scans, instead of phantoms and scenes")
     parser.add_argument("--organs", nargs="+", default=ORGANS)
+    parser.add_argument("--side", type=int, help="of the input; default: that of the pretraining")
     flags = parser.parse_args()
     arrays, metadata = read_weights(flags.weights)
     sam, variables = Sam(variant=metadata["model"]), variables_of(arrays)
-    side = get_variant(metadata["model"]).image_size
-    # Only files that were pretrained here say it; the official SAMs have but one.
+    # Only files that were pretrained here say it; the official SAMs have but one of both.
+    native = get_variant(metadata["model"]).image_size
+    side = flags.side or int(metadata.get("image_size", native))
     answer = make_answer(sam, metadata.get("normalise", "sam"))
     print("| images | scans | masks | IoU, box | IoU, point | the box itself |")
     print("|---|---|---|---|---|---|")

@@ -27,7 +27,7 @@ from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model
 from sammix_jax.models.lora import merge_lora
-from sammix_jax.weights import DTYPES, read_weights, write_weights
+from sammix_jax.weights import DTYPES, IMAGE_KEYS, read_weights, write_weights
 
 FORMATS = {
     "sammix": "one .safetensors for this project",
@@ -37,12 +37,14 @@ FORMATS = {
 
 
 class Loaded(NamedTuple):
-    """A SAM in this project's layout: flat path → array, and where it comes from."""
+    """A SAM in this project's layout: flat path → array, where it comes from, and what is known of
+    the images that it learned from, as in the metadata of a weight file."""
 
     arrays: dict[str, np.ndarray]
     variant: str
     source: str
     sha256: str
+    images: dict[str, str]
 
 
 def convert(path, output, form: str | None = None, dtype: str | None = None) -> str:
@@ -71,6 +73,7 @@ def convert(path, output, form: str | None = None, dtype: str | None = None) -> 
             "model": sam.variant,
             "source": sam.source,
             "sha256": sam.sha256,
+            **sam.images,
         }
         write_weights(output, sam.arrays, metadata)
     elif form == "official":
@@ -94,7 +97,7 @@ def load(path: Path, cast) -> Loaded:
             variant = recognise(path, source, table, SAM_MODELS)
             digest = sha256(path)
             arrays = table.to_ours(sam_shapes(variant), source, cast)
-            return Loaded(arrays, variant, path.name, digest)
+            return Loaded(arrays, variant, path.name, digest, {})
     raise foreign(path, source, "a SAM: official, Hugging Face's or this project's")
 
 
@@ -104,7 +107,8 @@ def _load_workdir(workdir: Path, cast) -> Loaded:
     params = merge_lora(variables["params"]["sam"])
     leaves = traverse_util.flatten_dict(params, sep="/")
     arrays = {path: cast(np.asarray(leaf)) for path, leaf in leaves.items()}
-    return Loaded(arrays, config.model.sam, resolved(workdir).name, "")
+    images = {"normalise": config.input.normalise, "image_size": str(config.model.image_size)}
+    return Loaded(arrays, config.model.sam, resolved(workdir).name, "", images)
 
 
 def _load_own(path: Path, cast) -> Loaded:
@@ -116,7 +120,9 @@ def _load_own(path: Path, cast) -> Loaded:
             f"{path}: says that it is {variant}, but its arrays are not that model's; one of "
             f"{', '.join(SAM_MODELS)} is expected, as python -m convert.sam writes it."
         )
-    return Loaded({name: cast(a) for name, a in arrays.items()}, variant, path.name, sha256(path))
+    arrays = {name: cast(array) for name, array in arrays.items()}
+    images = {key: metadata[key] for key in IMAGE_KEYS if key in metadata}
+    return Loaded(arrays, variant, path.name, sha256(path), images)
 
 
 def _hugging_face_file(folder: Path) -> Path:

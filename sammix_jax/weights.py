@@ -10,7 +10,7 @@ A file is one `.safetensors`. Its keys are flat parameter paths, such as
     model    the variant or the architecture: 'vit_b', 'resnet50', ...
     source   name of the file that the values come from
     sha256   of that file, '' where there is no single one
-    normalise  `input.normalise` of the pretraining, where that is known
+    normalise, image_size  those of the pretraining, where they are known
 
 The programs in `convert/` write such files.
 """
@@ -29,6 +29,7 @@ from sammix_jax.errors import UserError
 
 FORMAT = {"format": "sammix_jax", "version": "1"}
 KINDS = ("sam", "classifier")
+IMAGE_KEYS = ("normalise", "image_size")
 DTYPES = ("float32", "float16", "bfloat16")
 
 _LISTED = 8  # names per kind of mistake that an error spells out

@@ -118,13 +118,15 @@ def _write(config, workdir, state) -> Path:
         for path, leaf in (state.trainable | state.frozen).items()
     }
     path = as_path(workdir) / f"sam_{config.model.sam}.safetensors"
-    source = f"pretrain seed {config.seed} step {int(state.step)}"
+    start = as_path(config.model.sam_weights or "random").name
+    source = f"pretrain from {start}, seed {config.seed}, step {int(state.step)}"
     metadata = {
         "kind": "sam",
         "model": config.model.sam,
         "source": source,
         "sha256": "",
         "normalise": config.input.normalise,
+        "image_size": str(config.model.image_size),
     }
     write_weights(path, arrays, metadata)
     _LOG.info("weights → %s", path)

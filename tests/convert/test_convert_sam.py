@@ -26,7 +26,7 @@ from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.optim import make_optimiser
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train_step import load_pretrained, make_init
-from sammix_jax.weights import read_weights
+from sammix_jax.weights import IMAGE_KEYS, read_weights, write_weights
 
 try:
     official()
@@ -200,6 +200,20 @@ def test_half_precision_in_and_out(files, tmp_path, dtype):
     found = full["mask_decoder/iou_token"]
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, half["mask_decoder.iou_token.weight"].float().numpy())
+
+
+def test_what_is_known_of_the_images_stays_with_the_weights(files, adapted, tmp_path):
+    arrays, metadata = read_weights(files / "sam.safetensors")
+    assert not set(IMAGE_KEYS) & set(metadata)  # an official file says nothing of them
+    known = {"normalise": "sam", "image_size": "256"}
+    write_weights(tmp_path / "own.safetensors", arrays, metadata | known)
+    convert(tmp_path / "own.safetensors", tmp_path / "half.safetensors", dtype="float16")
+    found = read_weights(tmp_path / "half.safetensors")[1]
+    assert {key: found.get(key) for key in IMAGE_KEYS} == known
+    convert(adapted, tmp_path / "trained.safetensors")
+    config, found = load_config(adapted), read_weights(tmp_path / "trained.safetensors")[1]
+    assert found["normalise"] == config.input.normalise
+    assert found["image_size"] == str(config.model.image_size)
 
 
 def run(*arguments):

@@ -114,6 +114,9 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
     assert "prompt_encoder/position_encoding/gaussian_matrix" in arrays
     with pytest.raises(UserError, match=r"model\.sam is mini"):
         load_weights(resumed, "sam", "mini")
+    about = read_weights(resumed)[1]
+    assert about["image_size"] == "32"
+    assert about["source"] == "pretrain from random, seed 0, step 4"
     load_weights(resumed, "sam", "tiny", normalise="sam")
     with pytest.raises(UserError, match=r"set --config\.input\.normalise=sam"):
         load_weights(resumed, "sam", "tiny", normalise="minmax")
