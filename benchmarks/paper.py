@@ -45,7 +45,8 @@ def row_config(system: str, count: int, seed: int, folder: pathlib.Path, share: 
     place_row(config, 1 if system == UNTRAINED else count, seed, folder)
     if system in paper.BASELINES:
         for part, field in SHARED:
-            config[part][field] = max(1, round(config[part][field] * share))
+            if config[part][field]:
+                config[part][field] = max(1, round(config[part][field] * share))
     return config
 
 

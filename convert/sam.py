@@ -27,6 +27,7 @@ from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model
 from sammix_jax.models.lora import merge_lora
+from sammix_jax.systems.named import HOLD_SAM
 from sammix_jax.weights import DTYPES, IMAGE_KEYS, read_weights, write_weights
 
 FORMATS = {
@@ -103,6 +104,11 @@ def load(path: Path, cast) -> Loaded:
 
 def _load_workdir(workdir: Path, cast) -> Loaded:
     config = load_config(workdir)
+    if config.model.system not in HOLD_SAM:
+        raise UserError(
+            f"{workdir}: a run of model.system={config.model.system}, which holds no SAM; expected "
+            f"one of {', '.join(HOLD_SAM)}."
+        )
     _, variables = load_model(config, workdir)
     params = merge_lora(variables["params"]["sam"])
     leaves = traverse_util.flatten_dict(params, sep="/")

@@ -53,22 +53,29 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       keep: how many of the newest are kept. With one alone there is none to fall back to.
+      read_only: leave everything as it lies, for the run may still be training: what a writer
+        clears away at its start may be what another process is saving.
     """
 
-    def __init__(self, workdir, keep: int = 2):
+    def __init__(self, workdir, keep: int = 2, read_only: bool = False):
         # Orbax takes no relative path.
         self._root = epath.Path(str(resolved(as_path(workdir)))) / "checkpoints"
+        self._read_only = read_only
 
-        def manager(name: str, **options) -> ocp.CheckpointManager:
+        def manager(name: str, most: int, **options) -> ocp.CheckpointManager:
+            if read_only:
+                options |= {"read_only": True, "create": False, "save_interval_steps": 0}
+            else:
+                options |= {"cleanup_tmp_directories": True, "max_to_keep": most}
             return ocp.CheckpointManager(
                 self._root / name,
-                options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, **options),
+                options=ocp.CheckpointManagerOptions(**options),
                 item_handlers=ocp.StandardCheckpointHandler(),  # which can tell shapes unread
             )
 
-        self._latest = manager("latest", max_to_keep=keep)
+        self._latest = manager("latest", keep)
         score = operator.itemgetter("score")
-        self._best = manager("best", max_to_keep=1, best_fn=score, best_mode="max")
+        self._best = manager("best", 1, best_fn=score, best_mode="max")
 
     def __enter__(self):
         return self
@@ -83,11 +90,13 @@ class Checkpoints:
 
     def save_frozen(self, state: TrainState) -> None:
         """Writes the frozen parameters, once for the whole run."""
-        written = (self._root / "frozen").exists()
+        folder = self._root / "frozen"
+        # In a bucket a save that was cut off has its name already.
+        written = folder.exists() and ocp.path.step.is_path_finalized(folder)
         hosts.wait_for_all("frozen parameters")  # all have looked before any writes
         if state.frozen and not written:
             with contextlib.closing(ocp.StandardCheckpointer()) as frozen:
-                frozen.save(self._root / "frozen", state.frozen)
+                frozen.save(folder, state.frozen, force=True)
 
     def save_config(self, config) -> None:
         """Keeps the config beside the weights, which may be moved without their workdir."""
@@ -226,7 +235,7 @@ class Checkpoints:
         return restored
 
     def _set_aside(self, steps: list[int]) -> None:
-        if not steps:
+        if not steps or self._read_only:
             return
         if hosts.is_first():
             (self._root / "damaged").mkdir(exist_ok=True)

@@ -88,6 +88,7 @@ def first_then_others(first, others):
     Raises:
       UserError: what `first` raised; on the others, that it failed.
     """
+    any_process(False)  # opens the channel, for which the others would not wait long enough
     result, error = None, None
     if is_first():
         try:

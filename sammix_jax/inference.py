@@ -129,7 +129,7 @@ def load_model(config, workdir) -> tuple[System, dict]:
     # There may be fewer devices than trained it.
     mesh = make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
     like = abstract(shapes, state_sharding(shapes, mesh, config.mesh.shard_frozen))
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, read_only=True) as checkpoints:
         checkpoints.check_preprocessing(config)
         state = checkpoints.restore_best(like)
     return system, state.variables

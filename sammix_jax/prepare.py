@@ -24,7 +24,7 @@ from sammix_jax.config import differing_fields
 from sammix_jax.data import datasets, paper, phantom, volumes
 from sammix_jax.data.files import read_json, whole_file, write_json
 from sammix_jax.data.geometry import slice_geometry
-from sammix_jax.data.paths import Path, as_path, is_remote, resolved, version
+from sammix_jax.data.paths import Path, absolute, as_path, is_remote, version
 from sammix_jax.data.slices import MANIFEST, SCAN, VERSION, ScanRecord, SliceStore
 from sammix_jax.errors import UserError
 
@@ -256,8 +256,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _paths(scan: datasets.Scan) -> dict[str, str]:
-    label = str(resolved(scan.label)) if scan.label else ""
-    return {"image": str(resolved(scan.image)), "label": label}
+    label = str(absolute(scan.label)) if scan.label else ""
+    return {"image": str(absolute(scan.image)), "label": label}
 
 
 def _fingerprint(scan: datasets.Scan, params: dict) -> str:

@@ -165,6 +165,32 @@ def test_what_a_killed_save_left_behind_is_cleared(saved):
     assert sorted(p.name for p in latest.iterdir() if p.is_dir()) == ["1", "2"]
 
 
+def test_a_reader_leaves_what_a_run_is_writing(saved):
+    latest = saved / "checkpoints" / "latest"
+    unfinished = latest / "3.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    truncate(latest / "2")
+    (saved / "checkpoints" / "best").rmdir()  # as in a bucket, which has no empty folders
+    before = sorted(saved.rglob("*"))
+    with Checkpoints(saved, read_only=True) as checkpoints:
+        found = checkpoints.restore_best(like(state_at(0)))
+    assert int(found.step) == 1
+    assert sorted(saved.rglob("*")) == before and unfinished.is_dir()
+
+
+def test_frozen_parameters_that_were_cut_off_in_a_bucket_are_written_again(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        folder = tmp_path / "checkpoints" / "frozen"
+        folder.mkdir()
+        (folder / "part").write_text("")
+        # In a bucket a folder is whole once it says so.
+        whole = lambda path, **_: (path / "_CHECKPOINT_METADATA").exists()  # noqa: E731
+        monkeypatch.setattr(checkpoint.ocp.path.step, "is_path_finalized", whole)
+        checkpoints.save_frozen(state_at(1))
+        checkpoints.save(state_at(1), 1)
+    assert restored(tmp_path).frozen["sam/b"].tolist() == [7.0] * 3
+
+
 def test_checksums_see_every_bit_and_no_order():
     values = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
     of = lambda array: int(checkpoint._checksums({"a": jnp.asarray(array)})[0])  # noqa: E731

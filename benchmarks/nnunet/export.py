@@ -21,7 +21,7 @@ from benchmarks.nnunet.layout import (
 from sammix_jax.config import claim_workdir
 from sammix_jax.data import volumes
 from sammix_jax.data.files import write_json
-from sammix_jax.data.paths import as_path, resolved
+from sammix_jax.data.paths import absolute, as_path, resolved
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.splits import keep, load_or_draw
 from sammix_jax.errors import UserError
@@ -208,7 +208,7 @@ def _write_tests(layout: Layout, config, output, roots: Sequence[str]) -> list[d
             case = f"test_{written:04d}"
             volume = volumes.read_volume(scan.image)
             write_nifti(layout.image("imagesTs", case), volume.hu, canonical_affine(volume))
-            files = {"image": str(resolved(scan.image)), "label": str(resolved(scan.label))}
+            files = {"image": str(absolute(scan.image)), "label": str(absolute(scan.label))}
             cases[case] = dataclasses.asdict(scan) | files
             written += 1
         settings = {"root": config.evaluate.root, "scans": config.evaluate.scans}

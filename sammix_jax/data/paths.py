@@ -8,6 +8,7 @@ nothing is appended, linked, renamed or mapped into memory, and a folder is what
 import fnmatch
 import functools
 import glob
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -32,7 +33,9 @@ def as_path(path) -> Path:
     # A scheme has two letters at least; a drive has one.
     match = re.match(r"(\w\w+):/", str(path))
     if not match:
-        return pathlib.Path(path)
+        local = pathlib.Path(path)
+        # The shell leaves it as it is in --workdir=~/runs.
+        return local.expanduser() if local.parts[:1] == ("~",) else local
     remote = re.match(r"(\w+)://([^/]+)", str(path))
     if not remote or remote[1] not in CLIENTS:
         expected = " or ".join(f"{scheme}://BUCKET/…" for scheme in CLIENTS)
@@ -49,6 +52,11 @@ def is_remote(path: Path) -> bool:
 def resolved(path: Path) -> Path:
     """Without links and from the root on. Object stores have neither links nor a current folder."""
     return path if is_remote(path) else path.resolve()
+
+
+def absolute(path: Path) -> Path:
+    """From the root on, by the name that it has here: what a link points to may have another."""
+    return path if is_remote(path) else pathlib.Path(os.path.abspath(path))
 
 
 def version(path: Path) -> list:
@@ -81,7 +89,7 @@ def find_matching(pattern: str) -> list[Path]:
     path = as_path(pattern)
     if is_remote(path):
         return list(path.parent.glob(path.name))
-    return [pathlib.Path(found) for found in glob.glob(pattern)]
+    return [pathlib.Path(found) for found in glob.glob(str(path))]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ SYSTEMS: dict[str, type[System]] = {
     "transunet": TransUNetSystem,
     "prompted_sam": PromptedSamSystem,
 }
+HOLD_SAM = ("sam_mix", "prompted_sam")
 
 
 def make_system(config) -> System:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sammix_jax.models.baselines.multimix import MultiMix
 from sammix_jax.models.baselines.unet import UNet, nnunet_widths
-from sammix_jax.systems.named import SYSTEMS
+from sammix_jax.systems.named import HOLD_SAM, SYSTEMS
 
 GREY = ("unet", "nnunet", "multimix")  # whose input has one channel
 
@@ -18,7 +18,7 @@ def system_rules(config) -> Iterator[tuple[str, bool, str]]:
         warmup = config.train.classifier_warmup_steps
         yield "train.classifier_warmup_steps", warmup == 0, "0"
         yield "model.classifier_weights", not model.classifier_weights, "none"
-    if system not in ("sam_mix", "prompted_sam"):
+    if system not in HOLD_SAM:
         yield "model.sam_weights", not model.sam_weights, "none"
     if system != "prompted_sam":
         yield "model.prompt", model.prompt == "none", "none"

@@ -22,6 +22,15 @@ def test_a_local_path_is_pathlibs(tmp_path):
         assert paths.as_path(path) == pathlib.Path(path) and not paths.is_remote(path)
 
 
+def test_a_tilde_is_the_home_and_only_in_front(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.as_path("~/runs") == tmp_path / "runs"
+    (tmp_path / "seed-0").mkdir()
+    assert paths.find_matching("~/seed-*") == [tmp_path / "seed-0"]
+    for path in ("runs/~", "~runs"):
+        assert paths.as_path(path) == pathlib.Path(path)
+
+
 @pytest.mark.parametrize(
     "path", ["gs:/bucket/x", pathlib.Path("gs://bucket/x"), "gs://", "https://host/x", "GS://b/x"]
 )
