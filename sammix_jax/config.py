@@ -44,6 +44,8 @@ def default_config() -> ml_collections.ConfigDict:
     data.central_fraction = 1.0  # central part of each scan's slices; the authors keep 0.3 (S)
     data.slice_range = (0.0, 1.0)  # or a part by fractions of the scan's height, feet to head
     data.split = (91, 13, 27)  # train, val, test, by patient (G)
+    data.patient = ""  # a regular expression that finds the patient in a scan's name, such as
+    #                    "^[^_]+" in p01_portal; "" takes each scan for another patient
     data.split_file = ""  # a split.json to use instead of drawing one
     data.labelled_slices = 50  # k; 0 uses every positive slice (S: 5, 50, 100)
     data.labels_file = ""  # a labels.json to use instead of drawing one

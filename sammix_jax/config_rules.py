@@ -1,5 +1,7 @@
 """What each config field may be. Checked before any work, so that a typing error costs nothing."""
 
+import re
+
 from sammix_jax.augment import AUGMENTATIONS
 from sammix_jax.cam import COMPONENTS, METHODS
 from sammix_jax.data import paper
@@ -148,6 +150,10 @@ def check_config(config) -> None:
         config.cam.method == "grad_cam" or config.cam.layer == "last",
         "grad_cam where cam.layer is not last",
     )
+    try:
+        re.compile(config.data.patient)
+    except re.error as error:
+        expect("data.patient", False, f"a regular expression ({error})")
     start, stop = config.data.slice_range
     expect("data.slice_range", 0 <= start < stop <= 1, "(start, stop) with 0 <= start < stop <= 1")
     expect(

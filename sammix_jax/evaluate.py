@@ -1,6 +1,7 @@
 """Scores a trained model on whole scans, on their own grids, under each prompt protocol."""
 
 import dataclasses
+import functools
 import logging
 
 import numpy as np
@@ -99,13 +100,13 @@ def evaluate(config, workdir) -> Evaluation:
         )
     cases, guidance, examples, seen, digests = [], [], [], [], {}
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=hosts.hides_progress()):
-        try:
-            known = read_labelled(scan, config)
-            prediction = predict_volume(predict, variables, known.volume, known.truth, config)
-        except UserError as error:
-            _LOG.error("%s", error)
-            faults.append(str(error))
+        # All processes predict a scan, or none.
+        known, fault = hosts.for_all(functools.partial(read_labelled, scan, config), scan.image)
+        if fault:
+            _LOG.error("%s", fault)
+            faults.append(fault)
             continue
+        prediction = predict_volume(predict, variables, known.volume, known.truth, config)
         found = scan_digests(known, prediction)
         digests[scan.name] = "-".join(found)
         if trained.digests.intersection(found):
@@ -160,6 +161,13 @@ def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
         raise UserError(
             f"{store}: lacks the scans {missing[:5]} of the workdir's split; prepare the workdir's "
             "data again with --mode=prepare."
+        )
+    moved = [records[name].image for name in names if not as_path(records[name].image).exists()]
+    if len(moved) == len(names):
+        raise UserError(
+            f"{moved[0]}: no such file, as of all scans of evaluate.part={config.evaluate.part}. "
+            "Where the data was moved, tell the store: --mode=prepare --config=… "
+            f"--config.data.root=DIR --workdir={workdir}, with the config of the run."
         )
     scans = [
         datasets.Scan(

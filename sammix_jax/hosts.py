@@ -100,6 +100,23 @@ def first_then_others(first, others):
     return result if is_first() else others()
 
 
+def for_all(read, what: str) -> tuple[object, str]:
+    """(`read()`, ""), or (None, what is wrong) where it failed on any process; all must ask.
+
+    Args:
+      read: may raise a UserError.
+      what: it is about, for the message.
+    """
+    found, fault = None, ""
+    try:
+        found = read()
+    except UserError as error:
+        fault = str(error)
+    if any_process(bool(fault)):
+        return None, fault or f"{what}: failed in another process, which says why."
+    return found, ""
+
+
 def any_process(here: bool) -> bool:
     """Whether it is so on any process; all must ask."""
     if jax.process_count() == 1:

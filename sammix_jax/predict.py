@@ -1,11 +1,12 @@
 """A scan in, a mask on the same grid out."""
 
 import dataclasses
+import functools
 import logging
 
 import numpy as np
 
-from sammix_jax import figures
+from sammix_jax import figures, hosts
 from sammix_jax.data import volumes
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
@@ -53,11 +54,15 @@ def predict(config, workdir, source, target) -> list[Prediction]:
     step = make_predict(system, config, (system.headline,))
     predictions, faults = [], []
     for scan, mask_path in pairs:
-        try:
-            made = _predict_scan(step, variables, config, scan, mask_path)
-        except UserError as error:
-            _LOG.error("%s", error)
-            faults.append(str(error))
+        # All processes predict a scan, or none.
+        volume, fault = hosts.for_all(functools.partial(volumes.read_volume, scan), scan)
+        if not fault:
+            (mask,) = predict_volume(step, variables, volume, None, config).masks.values()
+            write = functools.partial(_write, volume, mask, mask_path, config)
+            made, fault = hosts.for_all(write, mask_path)
+        if fault:
+            _LOG.error("%s", fault)
+            faults.append(fault)
             continue
         predictions.append(made)
         size = "of unknown size" if made.organ_ml is None else f"{made.organ_ml:.1f} mL"
@@ -68,9 +73,7 @@ def predict(config, workdir, source, target) -> list[Prediction]:
     return predictions
 
 
-def _predict_scan(step, variables, config, scan: Path, mask_path) -> Prediction:
-    volume = volumes.read_volume(scan)
-    (mask,) = predict_volume(step, variables, volume, None, config).masks.values()
+def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Prediction:
     volumes.write_mask(mask_path, mask, volume)
     overlay = mask_path.with_name(f"{volumes.stem(mask_path)}_overlay.png")
     figures.save(figures.overlay(volume, mask, config.input.window), overlay)

@@ -291,6 +291,11 @@ def test_refusals(run, config):
         evaluate(config, run)
     config.evaluate.scans = 0
     manifest = read_json(run / "store" / "manifest.json")
+    for scan in manifest["scans"]:
+        scan["image"] = f"/moved/{scan['name']}.nii.gz"
+    (run / "store" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"/moved/.*no such file, as of all .*--mode=prepare"):
+        evaluate(config, run)
     manifest["scans"] = []
     (run / "store" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="lacks the scans"):

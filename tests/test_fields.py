@@ -175,6 +175,7 @@ TESTED = {
         "test_the_true_box_prompts_in_training_where_asked_for": ("train.box",),
         "test_the_classifier_warms_up_alone": ("train.classifier_warmup_steps",),
     },
+    "data/test_splits.py": {"test_a_patients_scans_stay_together": ("data.patient",)},
     "pretrain/test_pretrain_step.py": {
         "test_prompts_and_rounds_say_how_often_a_scene_is_asked": (
             "pretrain.prompts",

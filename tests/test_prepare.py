@@ -167,6 +167,16 @@ def test_a_broken_link_is_named(config, lits, tmp_path):
         prepare(config, tmp_path / "run")
 
 
+def test_a_link_keeps_its_name(config, lits, tmp_path):
+    """What it points to may be called anything, as in a store of blobs."""
+    blob = tmp_path / "blobs" / "5f3a"
+    blob.parent.mkdir()
+    os.rename(lits / "volume-0.nii.gz", blob)
+    (lits / "volume-0.nii.gz").symlink_to(blob)
+    store = prepare(config, tmp_path / "run")
+    assert store.records["volume-0"].image == str(lits / "volume-0.nii.gz")
+
+
 def test_a_moved_data_set_is_found_again(config, lits, tmp_path):
     prepare(config, tmp_path / "run")
     moved = tmp_path / "elsewhere"

@@ -160,6 +160,8 @@ def _decathlon_values(root: Path, organ: str) -> tuple[tuple[int, ...], tuple[in
     if organ not in values:
         known = sorted(set(values) - {"background", "ignore"})
         raise UserError(f"data.organ={organ}: {path} names {known}; choose one of these.")
+    # What nobody annotated is neither the organ nor its absence: a mask that holds it is refused.
+    values.pop("ignore", None)
     lesions = tuple(n for name in sorted(LESION_NAMES & set(values)) for n in values[name])
     wanted = tuple(sorted({*values[organ], *(lesions if organ == "liver" else ())}))
     return wanted, tuple(sorted({0, *(n for numbers in values.values() for n in numbers)}))

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 
 import numpy as np
 
@@ -42,41 +43,63 @@ class TrainingScans:
     hdf5: bool
 
 
-def split_scans(names: list[str], ratio: tuple[int, int, int], seed: int) -> Split:
-    """Draws a split of the labelled scans.
+def split_scans(
+    names: list[str], ratio: tuple[int, int, int], seed: int, patient: str = ""
+) -> Split:
+    """Draws a split of the labelled scans, patient by patient.
 
     Args:
       names: the labelled scans.
-      ratio: parts for train, val and test. Where they add up to the number of scans they are
-        counts (LiTS: 91, 13, 27); else each part gets its share, and at least one scan unless its
-        ratio is 0.
+      ratio: parts for train, val and test. Where they add up to the number of patients they are
+        counts (LiTS: 91, 13, 27); else each part gets its share, and at least one patient unless
+        its ratio is 0.
       seed: of the draw.
+      patient: `data.patient`.
 
     Raises:
-      UserError: fewer scans than parts, or a ratio without training scans.
+      UserError: fewer patients than parts, a ratio without training scans, or a scan in whose name
+        no patient is found.
     """
+    patients: dict[str, list[str]] = {}
+    for name in names:
+        patients.setdefault(patient_of(name, patient), []).append(name)
     ratio = tuple(ratio)
     if len(ratio) != 3 or min(ratio) < 0 or ratio[0] < 1:
         raise UserError(f"data.split={ratio}: expected three parts (train, val, test), train > 0.")
     wanted = sum(r > 0 for r in ratio)
-    if len(names) < wanted:
+    count = len(patients)
+    if count < wanted:
         raise UserError(
-            f"data.split={ratio}: {len(names)} labelled scans cannot fill {wanted} parts; add "
-            "scans or set parts to 0, as in --config.data.split='(1, 0, 0)'."
+            f"data.split={ratio}: {count} labelled scans of different patients cannot fill "
+            f"{wanted} parts; add scans or set parts to 0, as in --config.data.split='(1, 0, 0)'."
         )
-    val, test = (max(1, round(len(names) * r / sum(ratio))) if r else 0 for r in ratio[1:])
-    order = np.random.default_rng(seed).permutation(len(names))
-    shuffled = [names[i] for i in order]
-    train = len(names) - val - test
+    val, test = (max(1, round(count * r / sum(ratio))) if r else 0 for r in ratio[1:])
+    train = count - val - test
     if train < 1:
         raise UserError(
-            f"data.split={ratio}: leaves no training scan of {len(names)}; raise the first part."
+            f"data.split={ratio}: leaves no training scan of {count}; raise the first part."
         )
-    return Split(
-        tuple(shuffled[:train]),
-        tuple(shuffled[train : train + val]),
-        tuple(shuffled[train + val :]),
-    )
+    of_each = list(patients.values())
+    shuffled = [of_each[i] for i in np.random.default_rng(seed).permutation(count)]
+    parts = (shuffled[:train], shuffled[train : train + val], shuffled[train + val :])
+    return Split(*(tuple(name for scans in part for name in scans) for part in parts))
+
+
+def patient_of(name: str, pattern: str) -> str:
+    """Whose scan it is: what `pattern` finds in its name, or its first group; without one, `name`.
+
+    Raises:
+      UserError: it finds nothing.
+    """
+    if not pattern:
+        return name
+    found = re.search(pattern, name)
+    if not found:
+        raise UserError(
+            f"data.patient={pattern}: finds nothing in the scan's name {name}; give a pattern that "
+            "finds the patient in every name."
+        )
+    return found[1] if found.re.groups else found[0]
 
 
 def draw_labelled_slices(
@@ -123,12 +146,13 @@ def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceI
         raise UserError(
             f"{store.root}: none of the {len(store.records)} scans has a mask; training needs some."
         )
-    _refuse_other_scans(store, workdir)
+    _refuse_other_scans(store, workdir, taught=config.consistency.weight > 0)
     split_path = _first_file(workdir / SPLIT, config.data.split_file)
     if split_path:
         split = _read_split(split_path, set(labelled))
+        _refuse_torn_patients(split, split_path, config.data.patient)
     else:
-        split = split_scans(labelled, config.data.split, config.data.seed)
+        split = split_scans(labelled, config.data.split, config.data.seed, config.data.patient)
     labels_path = _first_file(workdir / LABELS, config.data.labels_file)
     if labels_path:
         labels = _read_labels(labels_path, store, split)
@@ -148,6 +172,8 @@ def keep(split: Split, labels: list[SliceId], store: SliceStore, workdir) -> Non
     # The canonical slice index, which still holds for a store of other slices.
     slices = [{"scan": s.scan, "slice": store.records[s.scan].slices[s.position]} for s in labels]
     write_json(workdir / LABELS, slices)
+    if (workdir / IMAGES).exists():
+        return  # what the run was begun on, whatever was added since
     write_json(workdir / SCANS, _digests(store))
     images = {
         name: {"file": record.image, "digest": _image_digest(store, name)}
@@ -229,16 +255,21 @@ def _image_digest(store: SliceStore, name: str) -> str:
     return image_digest(store.records[name].shape, store.hu(slices[len(slices) // 2]))
 
 
-def _refuse_other_scans(store: SliceStore, workdir: Path) -> None:
+def _refuse_other_scans(store: SliceStore, workdir: Path, taught: bool) -> None:
+    """Labelled scans may join, which a split once kept leaves out; what a teacher teaches on is all
+    that has no mask, and must stay the same."""
     path = workdir / SCANS
     if not path.exists():
         return
     begun, now = read_json(path), _digests(store)
     other = sorted(name for name in begun if begun[name] != now.get(name))
+    if taught and (workdir / IMAGES).exists():
+        without = set(read_json(workdir / IMAGES)) - set(begun)
+        other += sorted(without ^ (set(store.records) - set(now)))
     if other:
         raise UserError(
-            f"{workdir}: begun on other scans: {', '.join(other[:5])} changed or vanished since; "
-            "give another --workdir, or bring the scans back."
+            f"{workdir}: begun on other scans: {', '.join(other[:5])} changed, vanished or joined "
+            "since; give another --workdir, or bring back the scans as they were."
         )
 
 
@@ -254,6 +285,18 @@ def _read_split(path: Path, labelled: set[str]) -> Split:
     if unknown:
         raise UserError(f"{path}: {unknown} are no labelled scans of this data set; remove them.")
     return Split(**{part: tuple(fields[part]) for part in PARTS})
+
+
+def _refuse_torn_patients(split: Split, path: Path, pattern: str) -> None:
+    parts: dict[str, str] = {}
+    for part in PARTS:
+        for name in split.part(part):
+            patient = patient_of(name, pattern)
+            if parts.setdefault(patient, part) != part:
+                raise UserError(
+                    f"{path}: scans of {patient} stand in {parts[patient]} and in {part}; a "
+                    "patient belongs to one part (data.patient says whose a scan is)."
+                )
 
 
 def _read_labels(path: Path, store: SliceStore, split: Split) -> list[SliceId]:

@@ -186,8 +186,8 @@ def read_mask(
     if known_values and not (known := np.isin(labels, known_values)).all():
         raise UserError(
             f"{path}: the mask holds the values {np.unique(labels[~known])[:5].tolist()}, expected "
-            f"{known_values} with {label_values} for the organ; relabel the mask, or name the "
-            "organ's values with label_values."
+            f"{known_values} with {label_values} for the organ; relabel the mask, which must be "
+            "annotated throughout, or name the organ's values with label_values."
         )
     return _canonical(np.isin(labels, label_values), scan.orientation)
 

@@ -49,6 +49,16 @@ def test_decathlon_and_nnunet(tmp_path, labels, organ, values):
     assert datasets.find_scans(tmp_path, organ.title())[0].label_values == values
 
 
+def test_what_nobody_annotated_is_no_label(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    labels = {"background": 0, "liver": 1, "ignore": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    (scan,) = datasets.find_scans(tmp_path, "liver")
+    assert scan.known_values == (0, 1)  # so that a mask that holds it is refused
+    with pytest.raises(UserError, match=r"names \['liver'\]"):
+        datasets.find_scans(tmp_path, "spleen")
+
+
 def test_totalsegmentator(tmp_path):
     touch(tmp_path, "s0001/ct.nii.gz", "s0001/segmentations/liver.nii.gz", "s0002/ct.nii.gz")
     scans = datasets.find_scans(tmp_path, "liver")

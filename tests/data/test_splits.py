@@ -9,6 +9,7 @@ import pytest
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.slices import ScanRecord, SliceStore
 from sammix_jax.data.splits import (
+    PARTS,
     draw_labelled_slices,
     image_digest,
     keep,
@@ -79,6 +80,29 @@ def test_shares_and_empty_parts():
     assert split_scans(NAMES[:1], (1, 0, 0), 0).train == ("volume-0",)
 
 
+def test_a_patients_scans_stay_together(tmp_path, config):
+    names = [f"p{n:02d}_{phase}" for n in range(12) for phase in ("arterial", "portal")]
+    for pattern in ("^[^_]+", r"p(\d+)_"):
+        split = split_scans(names, (8, 2, 2), 0, pattern)
+        parts = [{name[:3] for name in split.part(part)} for part in PARTS]
+        assert [len(part) for part in parts] == [8, 2, 2] and not set.intersection(*parts)
+        assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+        assert len(split.train) == 16
+    with pytest.raises(UserError, match=r"data\.patient=q: finds nothing in .* p00_arterial"):
+        split_scans(names, (8, 2, 2), 0, "q")
+    with pytest.raises(UserError, match="1 labelled scans of different patients"):
+        split_scans(names[:2], (8, 2, 2), 0, "^[^_]+")
+
+    # And a file that tears them apart is refused.
+    store = fake_store(tmp_path)
+    split = {"train": ["volume-0", "volume-1"], "val": ["volume-2"], "test": []}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    config.data.split_file = str(tmp_path / "split.json")
+    config.data.labelled_slices, config.data.patient = 1, "volume"
+    with pytest.raises(UserError, match="scans of volume stand in train and in val"):
+        load_or_draw(config, store, tmp_path / "run")
+
+
 @pytest.mark.parametrize("ratio", [(0, 1, 1), (1, 1), (2, -1, 1)])
 def test_bad_ratios(ratio):
     with pytest.raises(UserError, match="three parts"):
@@ -86,7 +110,7 @@ def test_bad_ratios(ratio):
 
 
 def test_too_few_scans():
-    with pytest.raises(UserError, match="2 labelled scans cannot fill 3 parts"):
+    with pytest.raises(UserError, match="2 labelled scans of different patients cannot fill 3"):
         split_scans(NAMES[:2], (91, 13, 27), 0)
 
 
@@ -133,6 +157,21 @@ def test_a_workdir_knows_its_scans(tmp_path, config):
     store.records["volume-2"] = dataclasses.replace(record, organ_pixels=(1,) * 10)
     with pytest.raises(UserError, match="begun on other scans: volume-2"):
         load_or_draw(config, store, tmp_path)
+
+
+def test_what_a_teacher_teaches_on_stays_the_same(tmp_path, config):
+    store = fake_store(tmp_path, unlabelled=2)
+    config.data.labelled_slices, config.consistency.weight = 4, 0.1
+    kept = load_or_draw(config, store, tmp_path)
+    keep(*kept, store, tmp_path)
+    begun = (tmp_path / "images.json").read_text()
+    del store.records["volume-7"]
+    with pytest.raises(UserError, match="begun on other scans: volume-7 changed, vanished or"):
+        load_or_draw(config, store, tmp_path)
+    config.consistency.weight = 0.0  # nobody learns from them
+    assert load_or_draw(config, store, tmp_path) == kept
+    keep(*kept, store, tmp_path)
+    assert (tmp_path / "images.json").read_text() == begun  # what it was begun on
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
