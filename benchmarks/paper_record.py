@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Callable, Iterable
 
 from benchmarks.cells import Row, Score, read_scores
-from sammix_jax.data.files import whole_file
+from sammix_jax.data.files import read_json, whole_file
 from sammix_jax.train_log import read_log
+from sammix_jax.weights import BEGUN_FROM
 
 # Per volume and in mm, then per slice of those that show the organ and in pixels, as in the paper.
 METRICS = ("dice", "hd95_mm", "slice_dice", "slice_hausdorff_px")
+DIGITS = 8
 SCORES, CURVES = "scores.csv", "curves.csv"
 ROW_COLUMNS = ("system", "labelled_slices", "seed")
 SCORE_COLUMNS = (*ROW_COLUMNS, "steps", "sam_weights", "domain", "protocol", "scan", *METRICS)
@@ -28,7 +29,7 @@ class Record:
 
     Attributes:
       steps: of its training.
-      sam_weights: whence SAM began, the first 8 digits of the file's SHA-256; "" of random weights.
+      sam_weights: whence SAM began, the first DIGITS of the file's SHA-256; "" of random weights.
       scores: of each scan of both domains under each protocol.
       curve: step and mean Dice of the validation patients.
     """
@@ -39,11 +40,6 @@ class Record:
     curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
 
-def weights_digest(path: str) -> str:
-    """What `Record.sam_weights` says of a file; of no file ""."""
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:8] if path else ""
-
-
 def records_of(rows: Iterable[Row], config_of: Callable) -> dict[Key, Record]:
     """Records of finished rows; `config_of(system, count, seed)` is the config of one."""
     found: dict[Key, Record] = {}
@@ -51,10 +47,12 @@ def records_of(rows: Iterable[Row], config_of: Callable) -> dict[Key, Record]:
         key = (row.variant, row.count, row.seed)
         if key not in found:
             config = config_of(*key)
-            log = read_log(row.folder.parent.parent)
+            workdir = row.folder.parent.parent
+            log = read_log(workdir)
+            begun_from = read_json(workdir / BEGUN_FROM)["model.sam_weights"]
             found[key] = Record(
                 steps=config.train.steps,
-                sam_weights=weights_digest(config.model.sam_weights),
+                sam_weights=begun_from[:DIGITS],
                 curve=[(step, value) for step, name, value in log if name == "val/dice"],
             )
         found[key].scores += read_scores([row], METRICS)

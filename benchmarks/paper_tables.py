@@ -25,6 +25,7 @@ NAMES = {
     "multimix": "MultiMix",
     "sam_pp_0": "SAM-PP-0",
     "sam_pp": "SAM-PP",
+    "samed_lora": "SAMed-style, LoRA",
     "samed": "SAMed-style",
     "labelled_only": "SAM-Mix, labelled slices only",
     "sam_mix_lora": "SAM-Mix, encoder frozen but for LoRA",
@@ -43,8 +44,16 @@ def paper_cells(records: Mapping[paper_record.Key, Record]) -> dict[Key, Cell]:
     """What the table is made of; systems in the order of `configs.paper.SYSTEMS`.
 
     Raises:
-      UserError: seeds of one cell differ in their steps or in whence SAM began.
+      UserError: seeds of one cell differ in their steps or in whence SAM began, or two systems
+        began from different weights.
     """
+    begun_from = {r.sam_weights: system for (system, _, _), r in records.items() if r.sam_weights}
+    if len(begun_from) > 1:
+        told = ", ".join(f"{system} from {digest}" for digest, system in begun_from.items())
+        raise UserError(
+            f"rows began from different SAM weights ({told}), so that nobody can compare them; run "
+            "those of the older weights again, or remove their lines from the record."
+        )
     budgets = {}
     for (system, count, seed), r in records.items():
         first = budgets.setdefault((system, count), (seed, r.steps, r.sam_weights))

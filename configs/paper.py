@@ -36,10 +36,11 @@ LORA = r"sam/image_encoder/.*/lora_.*"
 # Images are normalised as they were in pretraining.
 PRETRAINED = quickstart.STARTS["pretrained"]
 # What each learns on a pretrained SAM whose encoder is frozen, as on LiTS. SAM-Mix itself learns
-# whole: validation prefers it, of a SAM that has seen drawn shapes alone.
+# whole: validation prefers it, of a SAM that has seen drawn shapes alone. So does SAM without
+# prompts, or the two would differ in more than the prompt; each has a row in LoRA's form besides.
 TRAINED = {
     "sam_pp": {"train.trainable": (PROMPTS, DECODER)},
-    "samed": {"train.trainable": (LORA, NO_MASK, DECODER)},
+    "samed_lora": {"train.trainable": (LORA, NO_MASK, DECODER), "train.learning_rate": 3e-3},
     "sam_mix_lora": {
         "train.trainable": (LORA, PROMPTS, DECODER, r"(classifier|fusion)/.*"),
         "train.learning_rate": 3e-3,
@@ -56,7 +57,8 @@ SYSTEMS = {
     "multimix": (multimix.get_config, BASELINE),
     "sam_pp_0": (sam_pp.get_config, PRETRAINED | {"train.epochs": 0.0, "train.steps": 0}),
     "sam_pp": (sam_pp.get_config, PRETRAINED | TRAINED["sam_pp"] | BASELINE),
-    "samed": (samed.get_config, PRETRAINED | TRAINED["samed"] | BASELINE),
+    "samed_lora": (samed.get_config, PRETRAINED | TRAINED["samed_lora"] | BASELINE),
+    "samed": (samed.get_config, PRETRAINED | BASELINE),
     "labelled_only": (sam_mix_labelled_only.get_config, PRETRAINED | SAM_MIX),
     "sam_mix_lora": (quickstart.get_config, PRETRAINED | TRAINED["sam_mix_lora"] | SAM_MIX),
     "sam_mix": (quickstart.get_config, PRETRAINED | SAM_MIX),

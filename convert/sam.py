@@ -20,7 +20,7 @@ from flax import traverse_util
 from convert.hf_rules import HUGGING_FACE, write_folder
 from convert.rules import recognise
 from convert.sam_rules import OFFICIAL, SAM_MODELS, sam_shapes
-from convert.sources import caster, foreign, import_torch, read_tensors, sha256, to_torch
+from convert.sources import caster, foreign, import_torch, read_tensors, to_torch
 from sammix_jax.config import load_config
 from sammix_jax.data.files import whole_file
 from sammix_jax.data.paths import Path, as_path, resolved
@@ -28,7 +28,7 @@ from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model
 from sammix_jax.models.lora import merge_lora
 from sammix_jax.systems.named import HOLD_SAM
-from sammix_jax.weights import DTYPES, IMAGE_KEYS, read_weights, write_weights
+from sammix_jax.weights import DTYPES, IMAGE_KEYS, read_weights, sha256, write_weights
 
 FORMATS = {
     "sammix": "one .safetensors for this project",

@@ -1,7 +1,6 @@
 """Reads other projects' weight files, without ever running code that one may carry."""
 
 import functools
-import hashlib
 import pickle
 import re
 import warnings
@@ -62,11 +61,6 @@ def foreign(path, source: Mapping[str, Stored], expected: str) -> UserError:
     keys = ", ".join(list(source)[:4]) or "none"
     found = known[0] if known else f"an unknown model of {len(source)} arrays ({keys}, ...)"
     return UserError(f"{path}: {found}; expected {expected}.")
-
-
-def sha256(path) -> str:
-    with local_copy(path) as local, open(local, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def caster(path, dtype: str | None) -> Callable[[np.ndarray], np.ndarray]:

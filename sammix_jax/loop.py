@@ -42,6 +42,7 @@ def run_steps(
     checkpoints: Checkpoints,
     images: int,
     validation: Validation | None = None,
+    goes_on: bool = False,
 ) -> TrainState:
     """Takes the steps that are left.
 
@@ -55,6 +56,7 @@ def run_steps(
       checkpoints: of the workdir.
       images: in a batch, for the throughput.
       validation: at every `log.validate_every_steps`; None does without.
+      goes_on: whether other steps follow, so that a SIGTERM during the last one counts too.
 
     Raises:
       UserError: a number that is not finite.
@@ -102,7 +104,8 @@ def run_steps(
             told = due(config.log.every_steps)
             # All processes ask after each step, and stop at the same one, where there is no
             # time to validate; the last step ends the run anyway.
-            stop = termination.asked(done) and done < steps
+            more = goes_on or done < steps
+            stop = termination.asked(done) and more
             validates = validation and due(config.log.validate_every_steps) and not stop
             saves = stop or due(save_steps)
             if told or validates or saves:
@@ -116,7 +119,7 @@ def run_steps(
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
             if validates:
                 try:
-                    validate_at(done, lambda: termination.asked_alone() and done < steps)  # noqa: B023
+                    validate_at(done, lambda: termination.asked_alone() and more)  # noqa: B023
                 except hosts.Terminated:
                     stop = saves = True
             # After validation: a run that is killed in it validates again.

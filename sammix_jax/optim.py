@@ -51,10 +51,26 @@ def make_optimiser(config, steps: int) -> optax.GradientTransformation:
     """Adam with decoupled weight decay, or SGD with Nesterov momentum, whose decay is a part of the
     gradient; on kernels, where asked for.
 
+    While the classifier warms up, the others' optimiser waits too: Adam would take steps without a
+    gradient for a small one, and overshoot by several times the rate at the first that has one.
+
     Args:
       config: the `train` section.
       steps: length of the run, over which a schedule decays.
     """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    wait = config.classifier_warmup_steps
+    if not wait:
+        return optax.chain(clip, _descent(config, steps))
+    later = _descent(config, max(steps - wait, 1))
+    parts = {
+        True: _descent(config, steps),
+        False: optax.transforms.conditionally_mask(later, lambda step: step >= wait),
+    }
+    return optax.chain(clip, optax.partition(parts, _is_classifiers))
+
+
+def _descent(config, steps: int) -> optax.GradientTransformation:
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(
             0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
@@ -66,12 +82,14 @@ def make_optimiser(config, steps: int) -> optax.GradientTransformation:
             after = optax.polynomial_schedule(config.learning_rate, 0.0, POWER, left)
         rise = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
         rate = optax.join_schedules([rise, after], [config.warmup_steps])
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.optimiser == "sgd":
         decay = optax.add_decayed_weights(config.weight_decay, mask=_is_decayed)
-        return optax.chain(clip, decay, optax.sgd(rate, momentum=MOMENTUM, nesterov=True))
-    adam = optax.adamw(rate, b2=config.adam_b2, weight_decay=config.weight_decay, mask=_is_decayed)
-    return optax.chain(clip, adam)
+        return optax.chain(decay, optax.sgd(rate, momentum=MOMENTUM, nesterov=True))
+    return optax.adamw(rate, b2=config.adam_b2, weight_decay=config.weight_decay, mask=_is_decayed)
+
+
+def _is_classifiers(params: dict) -> dict:
+    return {path: path.startswith("classifier/") for path in params}
 
 
 def _is_decayed(params: dict) -> dict:

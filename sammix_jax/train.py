@@ -8,6 +8,8 @@ import jax
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.config import check_workdir, claim_workdir
 from sammix_jax.data.batches import Batches
+from sammix_jax.data.files import write_json
+from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.splits import Split, keep, load_or_draw
 from sammix_jax.errors import UserError
@@ -23,6 +25,7 @@ from sammix_jax.sharding import (
 from sammix_jax.systems.named import make_system
 from sammix_jax.train_step import jit_train_step, load_pretrained, make_init
 from sammix_jax.validate import validate
+from sammix_jax.weights import BEGUN_FROM, digests
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,8 +35,8 @@ def train(config, workdir, store: SliceStore) -> bool:
 
     Args:
       config: the run's config.
-      workdir: receives config.json, split.json, labels.json, checkpoints, metrics.csv and
-        tensorboard.
+      workdir: receives config.json, split.json, labels.json, weights.json, checkpoints,
+        metrics.csv and tensorboard.
       store: the prepared slices.
 
     Returns:
@@ -73,11 +76,14 @@ def train(config, workdir, store: SliceStore) -> bool:
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         checkpoints.check_config(config)
         state = checkpoints.restore(like)
-        if state is None:
+        begins = state is None
+        if begins:
             state = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
         # Data, model and weights are sound: from here on the workdir belongs to this run.
         claim_workdir(config, workdir)
         keep(split, labelled, store, workdir)
+        if begins:  # the files may be others later
+            write_json(as_path(workdir) / BEGUN_FROM, digests(config))
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
         start = int(state.step)

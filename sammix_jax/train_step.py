@@ -58,7 +58,10 @@ def new_state(variables: dict, optimiser: optax.GradientTransformation, config) 
       optimiser: of the run.
       config: the run's; reads `train.trainable` and whether there is a teacher.
     """
-    trainable, frozen = split_params(variables["params"], config.train.trainable)
+    patterns = config.train.trainable
+    if config.model.lora_rank == 0:  # there is none to match
+        patterns = tuple(pattern for pattern in patterns if "lora_" not in pattern)
+    trainable, frozen = split_params(variables["params"], patterns)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,

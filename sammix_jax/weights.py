@@ -15,6 +15,7 @@ A file is one `.safetensors`. Its keys are flat parameter paths, such as
 The programs in `convert/` write such files.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 
@@ -31,6 +32,9 @@ FORMAT = {"format": "sammix_jax", "version": "1"}
 KINDS = ("sam", "classifier")
 IMAGE_KEYS = ("normalise", "image_size")
 DTYPES = ("float32", "float16", "bfloat16")
+
+# Within a workdir: `digests` of what it began from.
+BEGUN_FROM = "weights.json"
 
 _LISTED = 8  # names per kind of mistake that an error spells out
 
@@ -60,6 +64,21 @@ def read_weights(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             f"{path}: cannot be read as .safetensors ({error}); it is missing, truncated or of "
             "another kind: fetch or convert it again."
         ) from error
+
+
+def digests(config) -> dict[str, str]:
+    """`sha256` of the files that a run begins from, by field; "" where the config names none."""
+    files = {
+        "model.sam_weights": config.model.sam_weights,
+        "model.classifier_weights": config.model.classifier_weights,
+    }
+    return {field: sha256(path) if path else "" for field, path in files.items()}
+
+
+def sha256(path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with local_copy(path) as local, open(local, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_weights(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -55,6 +55,30 @@ def test_schedules():
     np.testing.assert_allclose(rates(config, 10, (4, 7, 9)), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_who_waits_for_the_classifier_then_begins_as_a_new_run_does(kind):
+    config = default_config().train
+    config.learning_rate, config.optimiser, config.warmup_steps = 0.1, kind, 3
+    config.clip_norm = 0.0
+    params = {"classifier/w": jnp.zeros(()), "sam/w": jnp.zeros(())}
+
+    def taken(wait):
+        config.classifier_warmup_steps = wait
+        optimiser = make_optimiser(config, 60 + wait)
+        state, found = optimiser.init(params), []
+        update = jax.jit(optimiser.update)
+        for step in range(40 + wait):
+            grads = {"classifier/w": jnp.ones(()), "sam/w": jnp.float32(step >= wait)}
+            updates, state = update(grads, state, params)
+            found.append((float(updates["classifier/w"]), float(updates["sam/w"])))
+        return np.array(found).T
+
+    at_once, later = taken(0), taken(200)
+    np.testing.assert_array_equal(later[1, :200], 0)
+    np.testing.assert_allclose(later[1, 200:], at_once[1], rtol=1e-6)
+    np.testing.assert_allclose(later[0, :40], at_once[0], rtol=1e-6)
+
+
 def test_b2_says_how_soon_adam_forgets_a_large_gradient():
     config = default_config().train
     config.learning_rate = 1.0

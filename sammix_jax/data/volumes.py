@@ -78,8 +78,15 @@ class Volume:
 
     @property
     def has_spacing(self) -> bool:
-        """Whether the file knows its spacing: an identity affine is what a lost one looks like."""
-        return not np.array_equal(np.abs(self.affine), np.eye(4))
+        """Whether the file knows its spacing."""
+        return not _lost_spacing(self.affine)
+
+
+def _lost_spacing(affine: np.ndarray) -> bool:
+    """An identity affine is what a lost one looks like; some programs leave the origin at 1."""
+    return (
+        np.array_equal(np.abs(affine[:3, :3]), np.eye(3)) and np.isin(affine[:3, 3], (0, 1)).all()
+    )
 
 
 def is_nifti(path) -> bool:
@@ -168,7 +175,14 @@ def read_mask(
             "resample the mask onto the scan's grid, or pair it with the scan it was drawn on."
         )
     shift = _largest_shift(image.affine, scan.affine, shape)
-    if not shift <= AFFINE_TOLERANCE_MM:  # also catches NaN
+    if scan.has_spacing and _lost_spacing(image.affine):
+        _LOG.warning(
+            "%s: the mask has no spacing (its affine is the identity); its voxels are taken for "
+            "those of its scan %s, in the order of the file: look whether they fit.",
+            path,
+            scan.path,
+        )
+    elif not shift <= AFFINE_TOLERANCE_MM:  # also catches NaN
         raise UserError(
             f"{path}: the mask's affine places its voxels up to {shift:.3g} mm from those of its "
             f"scan {scan.path}; resample the mask onto the scan, or copy the scan's affine into it "

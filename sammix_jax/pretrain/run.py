@@ -48,6 +48,12 @@ def pretrain(config, workdir) -> Path:
             f"points, of {SHAPES} at most, the shapes of a scene."
         )
 
+    if not 0 < config.train.steps >= config.pretrain.coarse_steps:
+        raise UserError(
+            f"train.steps={config.train.steps}: expected above 0, and "
+            f"pretrain.coarse_steps={config.pretrain.coarse_steps} at least, the first of them."
+        )
+
     # ---- Mesh, model and optimiser
     mesh = make_mesh(config.mesh.fsdp)
     steps, images = config.train.steps, config.pretrain.images
@@ -100,6 +106,7 @@ def pretrain(config, workdir) -> Path:
                         checkpoints=checkpoints,
                         images=images,
                         validation=validation,
+                        goes_on=last < steps,
                     )
         checkpoints.wait()
         best = checkpoints.restore_best(like)

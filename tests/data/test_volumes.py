@@ -164,6 +164,21 @@ def test_a_failed_write_leaves_nothing(tmp_path, write_scan, ct, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_mask_without_spacing_is_taken_in_the_files_order(write_scan, ct, caplog):
+    scan = volumes.read_volume(write_scan("volume-0.nii.gz", ct, np.diag([-0.8, 0.8, 2.5, 1.0])))
+    labels = np.zeros(ct.shape, np.uint8)
+    labels[3, 2, 1] = 1
+    lost = np.eye(4)
+    lost[:3, 3] = 1
+    found = volumes.read_mask(write_scan("lost.nii.gz", labels, lost), scan, (1,))
+    assert "the mask has no spacing" in caplog.text and "look whether they fit" in caplog.text
+    placed = write_scan("placed.nii.gz", labels, scan.affine)
+    np.testing.assert_array_equal(found, volumes.read_mask(placed, scan, (1,)))
+    lost[0, 3] = 7.5
+    with pytest.raises(UserError, match="the mask's affine places its voxels"):
+        volumes.read_mask(write_scan("elsewhere.nii.gz", labels, lost), scan, (1,))
+
+
 def test_lost_spacing_and_tilted_gantry(write_scan, ct):
     lost = volumes.read_volume(write_scan("lost.nii.gz", ct, np.diag([-1.0, -1.0, 1.0, 1.0])))
     assert not lost.has_spacing

@@ -7,6 +7,7 @@ import pytest
 from drawing import TINY, draw_rectangles
 
 from configs.pretrain_mini import get_config
+from sammix_jax import hosts
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam import variants
 from sammix_jax.pretrain import run, score, step
@@ -96,6 +97,12 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
         patch.setattr(run, "run_steps", cut)
         with pytest.raises(KeyboardInterrupt):
             run.pretrain(config, tmp_path / "cut")
+    # And where it is asked to stop in the last step on coarse images.
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts.Termination, "asked", lambda self, step: step == 1)
+        with pytest.raises(hosts.Terminated, match="stopped after step 1 of 1"):
+            run.pretrain(config, tmp_path / "asked")
+
     resumed = run.pretrain(config, tmp_path / "cut")
     (arrays, _), (others, _) = read_weights(whole), read_weights(resumed)
     assert arrays.keys() == others.keys()
@@ -128,7 +135,13 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
     for path, array in arrays.items():
         np.testing.assert_array_equal(array, onward[path], err_msg=path)
 
-    config.model.sam_weights, config.train.steps = "", 4
+    config.model.sam_weights = ""
+    for steps, coarse in ((0, 0), (4, 5)):
+        config.train.steps, config.pretrain.coarse_steps = steps, coarse
+        with pytest.raises(UserError, match=rf"train\.steps={steps}: expected above 0, and .*"):
+            run.pretrain(config, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    config.train.steps, config.pretrain.coarse_steps = 4, 1
     config.pretrain.prompts = 4
     with pytest.raises(UserError, match=r"pretrain\.prompts=2"):
         run.pretrain(config, tmp_path / "cut")
