@@ -98,7 +98,7 @@ def evaluate(config, workdir) -> Evaluation:
             "them trained it. HDF5 slices are taken as they lie, for they keep no orientation.",
             *kinds,
         )
-    cases, guidance, examples, seen, digests = [], [], [], [], {}
+    cases, guidance, examples, seen, chose, digests = [], [], [], [], [], {}
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=hosts.hides_progress()):
         # All processes predict a scan, or none.
         known, fault = hosts.for_all(functools.partial(read_labelled, scan, config), scan.image)
@@ -111,6 +111,8 @@ def evaluate(config, workdir) -> Evaluation:
         digests[scan.name] = "-".join(found)
         if trained.digests.intersection(found):
             seen.append(scan.name)
+        if trained.chose.intersection(found):
+            chose.append(scan.name)
         scored = score_scan(known, prediction, protocols, config)
         cases += scored
         guidance.append(score_guidance(known, prediction))
@@ -119,6 +121,9 @@ def evaluate(config, workdir) -> Evaluation:
         raise UserError("no scan could be scored:" + _listed(faults))
     if seen:
         _LOG.warning("%d of these %d scans trained the model: %s", len(seen), len(scans), seen[:8])
+    if chose:
+        told = "%d of these %d scans chose the model's checkpoint: %s"
+        _LOG.warning(told, len(chose), len(scans), chose[:8])
     results = collect(config, workdir, cases, guidance, faults, seen, digests)
     evaluation = Evaluation(cases, results, examples)
     folder = results_folder(config, workdir)

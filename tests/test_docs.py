@@ -22,6 +22,7 @@ ALSO = {
     "data.central_fraction",
     "data.slice_range",
     "data.split",
+    "data.patient",
     "data.labelled_slices",
     "data.labels_seed",
     "evaluate.protocols",

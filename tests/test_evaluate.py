@@ -152,6 +152,10 @@ def test_scans_that_trained_the_model_are_named(run, config, caplog):
     config.evaluate.part = "test"
     assert evaluate(config, run).results["trained_on"] == []
     assert "trained the model" not in caplog.text and "nobody can tell" not in caplog.text
+    assert "chose" not in caplog.text
+    config.evaluate.part = "val"
+    assert evaluate(config, run).results["trained_on"] == []
+    assert "1 of these 1 scans chose the model's checkpoint: ['" in caplog.text
 
 
 def test_copies_of_training_scans_are_known_by_their_images(run, config, tmp_path, monkeypatch):

@@ -36,10 +36,12 @@ class TrainingScans:
 
     Attributes:
       digests: `image_digest` of each, and `digest` of the labelled ones.
+      chose: the same of those that chose its checkpoint.
       hdf5: whether they are HDF5 files, whose copies in NIfTI have other digests.
     """
 
     digests: frozenset[str]
+    chose: frozenset[str]
     hdf5: bool
 
 
@@ -235,11 +237,14 @@ def training_scans(config, workdir) -> TrainingScans:
     labelled, images = read_json(workdir / SCANS), read_json(workdir / IMAGES)
     split = kept_split(workdir)
     unlabelled = [n for n in images if n not in labelled] if config.consistency.weight > 0 else []
-    trained = [images[name] for name in (*split.train, *unlabelled)]
-    return TrainingScans(
-        frozenset(labelled[name] for name in split.train) | {scan["digest"] for scan in trained},
-        any(is_hdf5(scan["file"]) for scan in trained),
-    )
+
+    def known_by(names) -> frozenset[str]:
+        found = {images[name]["digest"] for name in names}
+        return frozenset(found | {labelled[name] for name in names if name in labelled})
+
+    trained = (*split.train, *unlabelled)
+    hdf5 = any(is_hdf5(images[name]["file"]) for name in trained)
+    return TrainingScans(known_by(trained), known_by(split.val), hdf5)
 
 
 def _digests(store: SliceStore) -> dict[str, str]:
