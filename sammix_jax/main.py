@@ -292,8 +292,8 @@ def _parse_flags(argv):
 
 
 def _log_to_terminal() -> None:
-    """This project's messages only: Orbax tells of every file it opens."""
-    absl.logging.set_verbosity(absl.logging.WARNING)
+    """This project's messages only: Orbax tells of every file and folder that it opens."""
+    absl.logging.set_verbosity(absl.logging.ERROR)
     handler = logging.StreamHandler(sys.stderr)
     if not hosts.is_first():
         handler.setLevel(logging.ERROR)

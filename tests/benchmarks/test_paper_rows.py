@@ -86,7 +86,7 @@ def test_all_rows_share_data_and_differ_in_system_labels_and_seed(tmp_path):
         assert config.data.to_dict() == configs["unet"].data.to_dict()
         assert config.seed == config.data.labels_seed == 2
         assert config.data.labelled_slices == 5
-        assert config.model.image_size == 128
+        assert config.model.image_size == 2 * config.data.size == 256
 
 
 def test_sam_mix_has_a_tenth_of_the_baselines_steps():

@@ -14,11 +14,12 @@ from sammix_jax.data.phantom import DOMAINS, write_totalsegmentator
 from sammix_jax.models.sam.sam import Sam, count_parameters
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.pretrain.score import TEST, held_out_scenes, make_answer, prompt_ious
-from sammix_jax.weights import load_weights
+from sammix_jax.weights import load_weights, read_weights
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILE = ROOT / quickstart.STARTS["pretrained"]["model.sam_weights"]
 MOST_BYTES = 12e6
+SIDE = pretrain_mini.PARTS["finer"]["model.image_size"]
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +40,20 @@ def test_the_file_is_the_one_of_the_card_whole_and_small():
     assert FILE.stat().st_size <= MOST_BYTES
     arrays = load_weights(FILE, "sam", "mini")
     assert {array.dtype for array in arrays.values()} == {np.dtype("float16")}
+    assert read_weights(FILE)[1]["image_size"] == str(SIDE)
     assert count_parameters(traverse_util.unflatten_dict(arrays, sep="/")) == (
         get_variant("mini").parameters
     )
 
 
 def test_it_finds_shapes_that_it_never_saw(iou):
-    found = iou(held_out_scenes(96, 128, TEST))
+    found = iou(held_out_scenes(64, SIDE, TEST))
     assert found["box"] > 0.68 and found["point"] > 0.54  # 0.716 and 0.579
 
 
 def test_it_finds_the_phantoms_liver_without_having_seen_one(iou, tmp_path):
     write_totalsegmentator(tmp_path, 1, 77, DOMAINS["portal"])
-    (scan,) = organ_slices(tmp_path, "liver", 128)
+    (scan,) = organ_slices(tmp_path, "liver", SIDE)
     found = iou(scan)
     assert found["box"] > 0.69 and found["point"] > 0.55  # 0.730 and 0.592
     # Filling the box would do worse.
