@@ -132,8 +132,9 @@ def plot_steps(
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for i, (system, runs) in enumerate(curves.items()):
-        for j, curve in enumerate(runs):
+    # In the table's order, so that both figures give a system the same colour.
+    for i, system in enumerate(sorted(curves, key=list(NAMES).index)):
+        for j, curve in enumerate(curves[system]):
             label = NAMES[system] if j == 0 else None
             axis.plot(*zip(*curve, strict=True), color=f"C{i}", marker=".", label=label)
     axis.set(xlabel="steps", ylabel="Dice, validation patients")
