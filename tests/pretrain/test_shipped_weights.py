@@ -48,13 +48,13 @@ def test_the_file_is_the_one_of_the_card_whole_and_small():
 
 def test_it_finds_shapes_that_it_never_saw(iou):
     found = iou(held_out_scenes(64, SIDE, TEST))
-    assert found["box"] > 0.68 and found["point"] > 0.54  # 0.716 and 0.579
+    assert found["box"] > 0.71 and found["point"] > 0.58  # 0.750 and 0.616
 
 
 def test_it_finds_the_phantoms_liver_without_having_seen_one(iou, tmp_path):
     write_totalsegmentator(tmp_path, 1, 77, DOMAINS["portal"])
     (scan,) = organ_slices(tmp_path, "liver", SIDE)
     found = iou(scan)
-    assert found["box"] > 0.69 and found["point"] > 0.55  # 0.730 and 0.592
+    assert found["box"] > 0.72 and found["point"] > 0.56  # 0.753 and 0.596
     # Filling the box would do worse.
-    assert found["box"] > whole_box_ious(scan).mean() + 0.05
+    assert found["box"] > whole_box_ious(scan).mean() + 0.1
