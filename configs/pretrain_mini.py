@@ -8,7 +8,7 @@ Data      procedural scenes (sammix_jax/pretrain/scenes.py), drawn as they are n
           twice; no anatomy
 Model     mini SAM, without LoRA, trained whole: at 64 pixels, then at 128, then, as `finer`, at
           256, where a token sees half as much of the picture
-Hardware  2 CPU cores: 80 minutes and 2.9 GB, then 60 minutes and 7.4 GB
+Hardware  2 CPU cores: 80 minutes and 2.9 GB, then 74 minutes and 7.4 GB
 Recipe    Segment Anything's: box or point, corrections, the answer as a mask prompt, focal and
           Dice; image embeddings learn besides to be alike within a shape (pretrain/step.py)
 Writes    DIR/256/sam_mini.safetensors, for --config.model.sam_weights

@@ -81,11 +81,8 @@ slice() {
 
 # Whether there is something of this name; dies where nobody can tell.
 there_is() {
-  local kind=$1 state=$2
-  if gcloud compute tpus "$kind" describe "$name" "${place[@]}" --format="value($state)" \
-    > "$scratch/answer" 2>&1; then
-    return 0
-  fi
+  local kind=$1
+  gcloud compute tpus "$kind" describe "$name" "${place[@]}" > "$scratch/answer" 2>&1 && return 0
   grep -q NOT_FOUND "$scratch/answer" && return 1
   cat "$scratch/answer" >&2
   die "cannot tell whether there is a $name: nothing was created"
@@ -151,7 +148,7 @@ trap finish EXIT
 trap interrupted INT TERM
 
 if ! ((dry)); then
-  if there_is tpu-vm state || { ((spot)) && there_is queued-resources state.state; }; then
+  if there_is tpu-vm || { ((spot)) && there_is queued-resources; }; then
     die "$name is there already: give another --name, or delete it"
   fi
 fi
