@@ -8,6 +8,7 @@ import sys
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sammix_jax.models.sam import SamVariant
@@ -77,6 +78,42 @@ def build_sam(sizes: SamVariant, side: int, grid: tuple[int, int] | None = None)
             iou_head_hidden_dim=sizes.prompt_dim,
         ),
     )
+
+
+class FusedAttention(nn.Module):
+    """The official attention block with `scaled_dot_product_attention` for its products; position
+    goes in as the mask that is added to the logits."""
+
+    def __init__(self, official: nn.Module):
+        super().__init__()
+        self.num_heads = official.num_heads
+        self.qkv, self.proj = official.qkv, official.proj
+        self.rel_pos_h, self.rel_pos_w = official.rel_pos_h, official.rel_pos_w
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) → (B, H, W, C)."""
+        b, h, w, c = x.shape
+        # (B, H, W, 3C) -> (B, N, 3, M, D) -> (3, B, M, N, D)
+        qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        places = q.reshape(b, self.num_heads, h, w, -1)  # (B, M, N, D) -> (B, M, H, W, D)
+        table_h, table_w = (
+            modeling().image_encoder.get_rel_pos(side, side, table).to(q.dtype)
+            for side, table in ((h, self.rel_pos_h), (w, self.rel_pos_w))
+        )
+        rel_h = torch.einsum("bmhwd,hkd->bmhwk", places, table_h)
+        rel_w = torch.einsum("bmhwd,wkd->bmhwk", places, table_w)
+        bias = rel_h[..., :, None] + rel_w[..., None, :]  # (B, M, H, W, H, W)
+        bias = bias.reshape(b, self.num_heads, h * w, h * w).to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        # (B, M, N, D) -> (B, N, M, D) -> (B, H, W, C)
+        return self.proj(out.transpose(1, 2).reshape(b, h, w, c))
+
+
+def fuse_attention(encoder: nn.Module) -> None:
+    """Puts `FusedAttention` into every block of an official image encoder."""
+    for block in encoder.blocks:
+        block.attn = FusedAttention(block.attn)
 
 
 class LoraQkv(nn.Module):

@@ -15,7 +15,7 @@ from scipy import ndimage
 from torch import nn
 
 from benchmarks.torch_resnet38 import ResNet38
-from benchmarks.torch_sam import add_lora, build_sam
+from benchmarks.torch_sam import add_lora, build_sam, fuse_attention
 from sammix_jax.models.sam import VARIANTS, SamVariant
 
 VARIANT = "vit_b"
@@ -147,7 +147,7 @@ def make_optimiser(model: nn.Module) -> torch.optim.Optimizer:
     optimiser = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
     for leaf in trained:
         optimiser.state[leaf] = {
-            "step": torch.zeros(()),
+            "step": torch.zeros((), device=leaf.device),
             "exp_avg": torch.zeros_like(leaf),
             "exp_avg_sq": torch.zeros_like(leaf),
         }
@@ -156,20 +156,40 @@ def make_optimiser(model: nn.Module) -> torch.optim.Optimizer:
 
 def train_step(model: SamMix, optimiser: torch.optim.Optimizer, batch: dict) -> float:
     """One step on NumPy arrays: hu (B, H, W) int16, the labelled slices first, mask (L, H, W) uint8
-    and image_label (B,) int32. Returns the loss."""
-    masks = torch.from_numpy(batch["mask"]).float()
-    output = model(torch.from_numpy(batch["hu"]), labelled=len(masks))
-    loss, _, _ = sam_mix_loss(output, masks, torch.from_numpy(batch["image_label"]).long())
+    and image_label (B,) int32. Returns the loss.
+
+    On a GPU the forward pass is cast to bfloat16 where PyTorch says that it may be.
+    """
+    device = next(model.parameters()).device
+    hu, masks, image_label = (
+        torch.from_numpy(batch[name]).to(device) for name in ("hu", "mask", "image_label")
+    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        output = model(hu, labelled=len(masks))
+        loss, _, _ = sam_mix_loss(output, masks.float(), image_label.long())
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     optimiser.step()
     return float(loss.detach())
 
 
-def make_step(side: int, threads: int):
-    """Returns `step(batch) -> loss` of a new model, SAM's input (side, side)."""
+def make_step(
+    side: int, threads: int, device: str = "cpu", fused: bool = False, compiled: bool = False
+):
+    """Returns `step(batch) -> loss` of a new model, SAM's input (side, side).
+
+    Args:
+      device: where it trains.
+      fused: whether attention is `scaled_dot_product_attention`.
+      compiled: whether both networks are.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = SamMix(VARIANTS[VARIANT], side).train()
+    model = SamMix(VARIANTS[VARIANT], side).train().to(device)
+    if fused:
+        fuse_attention(model.sam.image_encoder)
+    if compiled:
+        model.sam.image_encoder.compile()
+        model.classifier.compile()
     optimiser = make_optimiser(model)
     return lambda batch: train_step(model, optimiser, batch)

@@ -34,8 +34,18 @@ def torch_step(side: int, threads: int):
     return make_step(side, threads)
 
 
-def jax_step(side: int, threads: int):
-    """Returns this project's step, as `torch_step` does; XLA sizes its pool by the cores."""
+def jax_step(
+    side: int,
+    threads: int,
+    dtype: str = "float32",
+    quotas: tuple[int, int] = (LABELLED, UNLABELLED),
+):
+    """Returns this project's step, as `torch_step` does; XLA sizes its pool by the cores.
+
+    Args:
+      dtype: compute type.
+      quotas: slices with a mask and without.
+    """
     import jax
 
     from configs import lits
@@ -46,7 +56,8 @@ def jax_step(side: int, threads: int):
 
     config = lits.get_config("standard")
     config.model.image_size = side
-    config.train.batch_labelled, config.train.batch_unlabelled = LABELLED, UNLABELLED
+    config.model.dtype = dtype
+    config.train.batch_labelled, config.train.batch_unlabelled = quotas
     mesh = make_mesh()
     layout, sharding = batch_layout(config.train, mesh), replicated(mesh)
     system, optimiser = SamMixSystem.of(config), make_optimiser(config.train, steps=1)
@@ -63,20 +74,23 @@ def jax_step(side: int, threads: int):
     return step
 
 
-def make_batch(side: int = 0) -> dict[str, np.ndarray]:
-    """Noise about soft tissue, with a brighter ellipse and its mask in the labelled slice.
+def make_batch(
+    side: int = 0, quotas: tuple[int, int] = (LABELLED, UNLABELLED)
+) -> dict[str, np.ndarray]:
+    """Noise about soft tissue, with a brighter ellipse and its mask in the labelled slices.
 
     The slices are of one size, whatever SAM's input is.
     """
+    labelled, unlabelled = quotas
     rng = np.random.default_rng(1)
-    hu = rng.normal(40, 60, (LABELLED + UNLABELLED, SIZE, SIZE))
+    hu = rng.normal(40, 60, (labelled + unlabelled, SIZE, SIZE))
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
     organ = ((x - 0.35) / 0.2) ** 2 + ((y - 0.45) / 0.25) ** 2 < 1
-    hu[:LABELLED, organ] += 80
+    hu[:labelled, organ] += 80
     return {
         "hu": hu.astype(np.int16),
-        "mask": np.repeat(organ[None].astype(np.uint8), LABELLED, axis=0),
-        "image_label": np.array([1] * LABELLED + [0] * UNLABELLED, np.int32),
+        "mask": np.repeat(organ[None].astype(np.uint8), labelled, axis=0),
+        "image_label": np.array([1] * labelled + [0] * unlabelled, np.int32),
     }
 
 

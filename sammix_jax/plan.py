@@ -3,6 +3,7 @@
 For a TPU no TPU is needed: its compiler, `libtpu`, comes with requirements/tpu.txt.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -134,7 +135,7 @@ def plan_train(config, target: Target) -> StepPlan:
         "image_label": jax.ShapeDtypeStruct((layout.size,), np.int32, sharding=rows),
     }
     step = jit_train_step(system, _optimiser(config), config, layout, mesh, placed)
-    return _step_plan("train", layout.size, step, (state, batch), _parts(state))
+    return _step_plan("train", layout.size, step, (state, batch), _parts(state), target)
 
 
 def plan_predict(config, target: Target) -> StepPlan:
@@ -150,7 +151,7 @@ def plan_predict(config, target: Target) -> StepPlan:
     predict = make_predict(system, config, (system.headline,), gate=True)
     parts = _parts(state)
     parts = {name: parts[name] for name in ("trained parameters", "frozen parameters")}
-    return _step_plan("predict", count, predict, (state.variables, hu, truth), parts)
+    return _step_plan("predict", count, predict, (state.variables, hu, truth), parts, target)
 
 
 def _optimiser(config):
@@ -182,10 +183,15 @@ def _bytes(tree) -> int:
     )
 
 
-def _step_plan(name: str, slices: int, step, args: tuple, parts: dict) -> StepPlan:
-    flops = count_flops(step, *args)
+def _step_plan(name: str, slices: int, step, args: tuple, parts: dict, target: Target) -> StepPlan:
+    # Traced as for a CPU: what a GPU's fused kernels compute cannot be counted, and where there is
+    # a GPU a program for a TPU must not hold them.
+    plain = jax.default_device(jax.local_devices(backend="cpu")[0])
+    with plain:
+        flops = count_flops(step, *args)
     try:
-        compiled = step.lower(*args).compile()
+        with contextlib.nullcontext() if target.devices[0].platform == "gpu" else plain:
+            compiled = step.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
         # A TPU's compiler knows the chip's memory, and gives up beyond it.
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from sam_cases import TINY, equations, normal, random_params
 
-from sammix_jax.models.sam.attention import attend, relative_embeddings
+from sammix_jax.models.sam import image_encoder
+from sammix_jax.models.sam.attention import attend, attend_fused, can_fuse, relative_embeddings
 from sammix_jax.models.sam.image_encoder import Attention, ImageEncoder
 
 
@@ -62,20 +64,28 @@ def test_every_attention_path_equals_the_plain_one(window, shape, query_chunk):
 
 
 def attention_inputs():
-    q, k, v = (normal(seed, 2, 2, 6, 5, 8) for seed in range(3))
+    q, k, v = (normal(seed, 2, 6, 5, 2, 8) for seed in range(3))
     return q, k, v, normal(3, 11, 8), normal(4, 9, 8)
 
 
-@pytest.mark.parametrize("query_chunk", [30, 10, 7], ids=["whole", "even", "uneven"])
-@pytest.mark.parametrize("fold", [True, False], ids=["folded", "added"])
-def test_every_path_and_its_gradient_equal_the_plain_one(fold, query_chunk):
+PATHS = {
+    f"{how}-{chunks}": functools.partial(attend, query_chunk=size, fold=how == "folded")
+    for how in ("folded", "added")
+    for chunks, size in (("whole", 30), ("even", 10), ("uneven", 7))
+}
+# The kernel is a GPU's; what it is given can be computed anywhere.
+PATHS["fused"] = functools.partial(attend_fused, implementation="xla")
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_every_path_and_its_gradient_equal_the_plain_one(path):
     def plain(q, k, v, table_h, table_w):
-        rel_h = jnp.einsum("bmhwd,hkd->bmhwk", q, relative_embeddings(table_h, 6))
-        rel_w = jnp.einsum("bmhwd,wkd->bmhwk", q, relative_embeddings(table_w, 5))
-        logits = jnp.einsum("bmhwd,bmijd->bmhwij", q, k) / np.sqrt(8)
+        rel_h = jnp.einsum("bhwmd,hkd->bmhwk", q, relative_embeddings(table_h, 6))
+        rel_w = jnp.einsum("bhwmd,wkd->bmhwk", q, relative_embeddings(table_w, 5))
+        logits = jnp.einsum("bhwmd,bijmd->bmhwij", q, k) / np.sqrt(8)
         logits += rel_h[..., :, None] + rel_w[..., None, :]
         weights = jax.nn.softmax(logits, axis=(-2, -1))
-        return jnp.einsum("bmhwij,bmijd->bmhwd", weights, v)
+        return jnp.einsum("bmhwij,bijmd->bhwmd", weights, v)
 
     def value_and_gradient(function):
         def loss(inputs):
@@ -84,9 +94,56 @@ def test_every_path_and_its_gradient_equal_the_plain_one(fold, query_chunk):
 
         return jax.jit(jax.grad(loss, has_aux=True))(attention_inputs())
 
-    path = functools.partial(attend, query_chunk=query_chunk, fold=fold)
     ours, expected = value_and_gradient(path), value_and_gradient(plain)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "grid", "dtype", "fused"),
+    [
+        ("gpu", "9.0", 64, jnp.bfloat16, True),
+        ("gpu", "9.0", 64, jnp.float32, False),
+        ("gpu", "10.3", 96, jnp.bfloat16, True),
+        ("gpu", "9.0", 97, jnp.bfloat16, False),
+        ("gpu", "8.0", 32, jnp.float16, True),
+        ("gpu", "8.0", 64, jnp.bfloat16, False),
+        ("tpu", "", 14, jnp.bfloat16, False),
+    ],
+)
+def test_fused_where_there_is_a_kernel(platform, capability, grid, dtype, fused, monkeypatch):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert can_fuse(64, grid, grid, dtype) is fused
+
+
+def test_another_default_device_is_not_fused_for(monkeypatch):
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    cpu = jax.local_devices()[0]
+    monkeypatch.setattr(
+        jax, "local_devices", lambda backend="gpu": [gpu] if backend == "gpu" else [cpu]
+    )
+    assert can_fuse(64, 14, 14, jnp.bfloat16)
+    for device in (cpu, "cpu"):
+        with jax.default_device(device):
+            assert not can_fuse(64, 14, 14, jnp.bfloat16)
+
+
+def test_a_module_that_fuses_equals_one_that_does_not(monkeypatch):
+    """Windows, padding and the order of heads, through the module that chooses."""
+    module = Attention(2, 3, table_side=3)
+    x = normal(0, 2, 4, 7, 16)
+    params = {"params": random_params(module, x)}
+    expected = module.apply(params, x)
+    calls = []
+
+    def fused(*inputs):
+        calls.append(inputs)
+        return attend_fused(*inputs, implementation="xla")
+
+    monkeypatch.setattr(image_encoder, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(image_encoder, "attend_fused", fused)
+    np.testing.assert_allclose(module.apply(params, x), expected, atol=2e-6)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "added"])

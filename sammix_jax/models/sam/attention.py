@@ -15,6 +15,8 @@ import jax.numpy as jnp
 # whole. One chunk of vit_b at 1024 x 1024 holds 12 x 128 x 4096 logits: 25 MB an image in float32
 # where the whole is 805 MB. Of 128, 256, 512 and 1024 the smallest was the fastest on a CPU.
 QUERY_CHUNK = 128
+# Of a query and of what it brings for position, in cuDNN's fused attention: before Hopper, and on.
+FUSED_WIDTHS = (128, 256)
 
 
 def relative_embeddings(table: jax.Array, side: int) -> jax.Array:
@@ -55,31 +57,25 @@ def attend(
     Position takes the query *before* scaling.
 
     Args:
-      q, k, v: (B, M, H, W, D), M heads, any float type.
+      q, k, v: (B, H, W, M, D), M heads, any float type.
       table_h, table_w: (2 * side - 1, D), see `relative_embeddings`.
       query_chunk: with more than twice as many tokens, queries go in chunks of this size, and
         the backward pass computes each chunk's logits again instead of keeping them.
       fold: whether position is folded into the product; None chooses by size.
 
     Returns:
-      (B, M, H, W, D) in the type of `q`. Logits and softmax are float32.
+      (B, H, W, M, D) in the type of `q`. Logits and softmax are float32.
     """
-    b, m, h, w, d = q.shape
-    n = h * w
-    dtype = q.dtype
+    b, h, w, m, d = q.shape
+    n, dtype = h * w, q.dtype
     if fold is None:
         fold = h + w < d
-    rel_h = jnp.einsum("bmhwd,hkd->bmhwk", q, relative_embeddings(table_h, h).astype(dtype))
-    rel_w = jnp.einsum("bmhwd,wkd->bmhwk", q, relative_embeddings(table_w, w).astype(dtype))
-    # What each query brings: its features and its logits for every row and column of keys.
-    queries = jnp.concatenate([q * d**-0.5, rel_h, rel_w], axis=-1)
-    queries = queries.reshape(b, m, n, d + h + w)  # (B, M, H, W, D+H+W) -> (B, M, N, D+H+W)
-    k, v = k.reshape(b, m, n, d), v.reshape(b, m, n, d)  # (B, M, H, W, D) -> (B, M, N, D)
-    if fold:
-        one_hot_h = jnp.repeat(jnp.eye(h, dtype=dtype), w, axis=0)
-        one_hot_w = jnp.tile(jnp.eye(w, dtype=dtype), (h, 1))
-        place = jnp.concatenate([one_hot_h, one_hot_w], axis=-1)  # (N, H+W)
-        k = jnp.concatenate([k, jnp.broadcast_to(place, (b, m, n, h + w))], axis=-1)
+    queries = _with_position(q, table_h, table_w)
+    keys = jnp.concatenate([k, _places(k)], axis=-1) if fold else k
+    # (B, H, W, M, ..) -> (B, M, N, ..)
+    queries, keys, v = (
+        x.transpose(0, 3, 1, 2, 4).reshape(b, m, n, x.shape[-1]) for x in (queries, keys, v)
+    )
 
     def logits_of(queries: jax.Array) -> jax.Array:
         """(B, M, Q, D+H+W) to (B, M, Q, N) float32."""
@@ -87,9 +83,9 @@ def attend(
             jnp.einsum, "bmqd,bmkd->bmqk", preferred_element_type=jnp.float32
         )
         if fold:
-            return product(queries, k)
+            return product(queries, keys)
         q, rel_h, rel_w = jnp.split(queries, (d, d + h), axis=-1)
-        logits = product(q, k).reshape(b, m, -1, h, w)  # (B, M, Q, N) -> (B, M, Q, H, W)
+        logits = product(q, keys).reshape(b, m, -1, h, w)  # (B, M, Q, N) -> (B, M, Q, H, W)
         logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
         return logits.reshape(b, m, -1, n)  # (B, M, Q, H, W) -> (B, M, Q, N)
 
@@ -116,4 +112,78 @@ def attend(
         attend_rows = jax.checkpoint(attend_rows, prevent_cse=False)
         out = jax.lax.map(attend_rows, jnp.moveaxis(queries, 2, 0))
         out = jnp.moveaxis(out, 0, 2).reshape(b, m, -1, d)[:, :, :n]  # (B, M, N, D)
-    return out.reshape(b, m, h, w, d)  # (B, M, N, D) -> (B, M, H, W, D)
+    # (B, M, N, D) -> (B, M, H, W, D) -> (B, H, W, M, D)
+    return out.reshape(b, m, h, w, d).transpose(0, 2, 3, 1, 4)
+
+
+def attend_fused(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table_h: jax.Array,
+    table_w: jax.Array,
+    *,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """What `attend` computes, in a kernel of cuDNN that keeps no logits in memory.
+
+    Position is always folded into the product: as a bias it would be as large as the logits. The
+    kernel wants as many features of values as of keys, a multiple of eight: zeros fill them up.
+
+    Args:
+      q, k, v, table_h, table_w: as in `attend`, of float16 or bfloat16.
+      implementation: of `jax.nn.dot_product_attention`.
+    """
+    b, h, w, m, d = q.shape
+    width = _fused_width(d, h, w)
+
+    def padded(x: jax.Array) -> jax.Array:
+        x = x.reshape(b, h * w, m, -1)  # (B, H, W, M, ..) -> (B, N, M, ..)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[-1])))
+
+    out = jax.nn.dot_product_attention(
+        padded(_with_position(q, table_h, table_w)),
+        padded(jnp.concatenate([k, _places(k)], axis=-1)),
+        padded(v),
+        scale=1.0,
+        implementation=implementation,
+    )
+    return out[..., :d].reshape(b, h, w, m, d)  # (B, N, M, D) -> (B, H, W, M, D)
+
+
+def can_fuse(d: int, h: int, w: int, dtype) -> bool:
+    """Whether JAX's default device has a kernel for `attend_fused`.
+
+    Args:
+      d: features of a head.
+      h, w: sides of the grid.
+      dtype: of the queries.
+    """
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    if device.platform != "gpu" or jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16):
+        return False
+    since_hopper = float(device.compute_capability) >= 9
+    return _fused_width(d, h, w) <= FUSED_WIDTHS[since_hopper]
+
+
+def _with_position(q: jax.Array, table_h: jax.Array, table_w: jax.Array) -> jax.Array:
+    """What each query brings: its features, scaled, and its logits for every row and column of
+    keys; (B, H, W, M, D) to (B, H, W, M, D+H+W)."""
+    h, w, d = q.shape[1], q.shape[2], q.shape[-1]
+    rel_h = jnp.einsum("bhwmd,hkd->bhwmk", q, relative_embeddings(table_h, h).astype(q.dtype))
+    rel_w = jnp.einsum("bhwmd,wkd->bhwmk", q, relative_embeddings(table_w, w).astype(q.dtype))
+    return jnp.concatenate([q * d**-0.5, rel_h, rel_w], axis=-1)
+
+
+def _places(k: jax.Array) -> jax.Array:
+    """One-hot row and column of each key; (B, H, W, M, H+W) for keys of (B, H, W, M, D)."""
+    b, h, w, m, _ = k.shape
+    rows = jnp.broadcast_to(jnp.eye(h, dtype=k.dtype)[:, None, None], (b, h, w, m, h))
+    columns = jnp.broadcast_to(jnp.eye(w, dtype=k.dtype)[:, None], (b, h, w, m, w))
+    return jnp.concatenate([rows, columns], axis=-1)
+
+
+def _fused_width(d: int, h: int, w: int) -> int:
+    return -(-(d + h + w) // 8) * 8

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sammix_jax.models.lora import add_low_rank
 from sammix_jax.models.remat import rematerialised
-from sammix_jax.models.sam.attention import QUERY_CHUNK, attend
+from sammix_jax.models.sam.attention import QUERY_CHUNK, attend, attend_fused, can_fuse
 from sammix_jax.models.sam.layers import LayerNorm, Mlp, gelu
 from sammix_jax.models.sam.variants import SamVariant
 
@@ -63,17 +63,21 @@ class Attention(nn.Module):
 
         # (B, H, W, 3C) -> (B, rows, side_h, columns, side_w, 3, M, D)
         qkv = qkv.reshape(b, rows, side_h, columns, side_w, 3, m, d)
-        # -> (3, B, rows, columns, M, side_h, side_w, D) -> (3, B * windows, M, side_h, side_w, D)
-        qkv = qkv.transpose(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, m, side_h, side_w, d)
+        # -> (3, B, rows, columns, side_h, side_w, M, D) -> (3, B * windows, side_h, side_w, M, D)
+        qkv = qkv.transpose(5, 0, 1, 3, 2, 4, 6, 7).reshape(3, -1, side_h, side_w, m, d)
         table = (2 * self.table_side - 1, d)
-        table_h = self.param("rel_pos_h", nn.initializers.zeros, table)
-        table_w = self.param("rel_pos_w", nn.initializers.zeros, table)
-        x = attend(*qkv, table_h, table_w, query_chunk=self.query_chunk)
+        tables = [
+            self.param(name, nn.initializers.zeros, table) for name in ("rel_pos_h", "rel_pos_w")
+        ]
+        if can_fuse(d, side_h, side_w, self.dtype):
+            x = attend_fused(*qkv, *tables)
+        else:
+            x = attend(*qkv, *tables, query_chunk=self.query_chunk)
 
-        # (B * windows, M, side_h, side_w, D) -> (B, rows, columns, M, side_h, side_w, D)
-        x = x.reshape(b, rows, columns, m, side_h, side_w, d)
+        # (B * windows, side_h, side_w, M, D) -> (B, rows, columns, side_h, side_w, M, D)
+        x = x.reshape(b, rows, columns, side_h, side_w, m, d)
         # -> (B, rows, side_h, columns, side_w, M, D) -> (B, H + pad, W + pad, C)
-        x = x.transpose(0, 1, 4, 2, 5, 3, 6).reshape(b, h + pad_h, w + pad_w, c)
+        x = x.transpose(0, 1, 3, 2, 4, 5, 6).reshape(b, h + pad_h, w + pad_w, c)
         return nn.Dense(c, kernel_init=_INIT, dtype=self.dtype, name="proj")(x[:, :h, :w])
 
 
@@ -105,6 +109,34 @@ class Block(nn.Module):
         mlp = Mlp((4 * c, c), gelu, kernel_init=_INIT, dtype=self.dtype, name="mlp")
         x = x + attention(LayerNorm(dtype=self.dtype, name="norm1")(x))
         return x + mlp(LayerNorm(dtype=self.dtype, name="norm2")(x))
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its side, as the matrix product that it is.
+
+    Attributes:
+      patch: side, pixels.
+      features: output channels.
+      dtype: compute type.
+    """
+
+    patch: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps (B, H, W, C) to (B, H / patch, W / patch, features)."""
+        b, h, w, c = images.shape
+        patch = self.patch
+        shape = (patch, patch, c, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        images, kernel, bias = (x.astype(self.dtype) for x in (images, kernel, bias))
+        # (B, H, W, C) -> (B, h, patch, w, patch, C) -> (B, h, w, patch * patch * C)
+        x = images.reshape(b, h // patch, patch, w // patch, patch, c)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // patch, w // patch, -1)
+        return x @ kernel.reshape(-1, self.features) + bias
 
 
 class Neck(nn.Module):
@@ -171,14 +203,7 @@ class ImageEncoder(nn.Module):
                 f"patch size {patch}: pad the bottom and right edges, or resize."
             )
 
-        x = nn.Conv(
-            sizes.embed_dim,
-            (patch, patch),
-            strides=(patch, patch),
-            padding="VALID",
-            dtype=self.dtype,
-            name="patch_embed",
-        )(images)
+        x = PatchEmbedding(patch, sizes.embed_dim, dtype=self.dtype, name="patch_embed")(images)
         position = self.param("pos_embed", _INIT, (1, native, native, sizes.embed_dim))
         if x.shape[1:3] != (native, native):
             position = jax.image.resize(position, (1, *x.shape[1:]), "linear", antialias=False)

@@ -1,0 +1,268 @@
+"""SAM's image encoder and SAM-Mix's training step on one NVIDIA GPU, beside PyTorch, in bfloat16.
+
+    python -m benchmarks.gpu
+
+The encoder is built for its input, weights and images in bfloat16, without gradients. The step is
+that of `benchmarks/train_step.py`: parameters and Adam in float32, the networks in bfloat16, in
+PyTorch by autocast. PyTorch runs in three forms: the official code as it is; the same with
+`scaled_dot_product_attention`; and that compiled by `torch.compile` (of the step, both networks).
+
+Each form measures in processes of its own, one after another, small inputs first. A program is
+called once to compile and twice to warm up; then, five times over, as many calls as fill 0.3 s are
+made and the GPU waited for: medians of the five. Every step is waited for, for its loss.
+
+Needs segment-anything and the builds of torch and JAX for CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from sammix_jax.models.sam import VARIANTS, SamVariant
+
+FORMS = ("pytorch", "sdpa", "compiled", "jax")
+NAMES = {
+    "pytorch": "PyTorch",
+    "sdpa": "its fused attention",
+    "compiled": "and compiled",
+    "jax": "JAX",
+}
+BATCHES = {256: 128, 512: 32, 1024: 8}  # images of the encoder, equally many tokens
+QUOTAS = (4, 4)  # slices of a step, with a mask and without
+STEP_SIDES = (256, 1024)
+MEASURES, SECONDS = 5, 0.3
+THREADS = 8  # of the host
+# Dense bfloat16, from NVIDIA's data sheets of the SXM modules.
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def encoder_flops(sizes: SamVariant, side: int) -> int:
+    """Operations that one image needs: two for each product of the weights' and of attention.
+
+    Left out are position, elementwise work and the tokens with which windows are padded; keys of a
+    padded window count, for they take part in attention.
+    """
+    grid, c = side // sizes.patch_size, sizes.embed_dim
+    n = grid * grid
+    total = n * 3 * sizes.patch_size**2 * c
+    for i in range(sizes.depth):
+        keys = n if i in sizes.global_blocks else sizes.window_size**2
+        total += 12 * n * c * c + 2 * n * keys * c
+    total += n * sizes.prompt_dim * (c + 9 * sizes.prompt_dim)
+    return 2 * total
+
+
+def torch_encoder(form: str, variant: str, side: int) -> Callable[[], None]:
+    """A call of PyTorch's encoder on a batch that lies on the GPU."""
+    import torch
+
+    from benchmarks.torch_sam import build_encoder, fuse_attention
+
+    torch.manual_seed(0)
+    encoder = build_encoder(VARIANTS[variant], side).eval()
+    with torch.no_grad():
+        for name, leaf in encoder.named_parameters():
+            if "rel_pos" in name or "pos_embed" in name:
+                leaf.normal_(std=0.02)
+    if form != "pytorch":
+        fuse_attention(encoder)
+    encoder = encoder.to("cuda", torch.bfloat16)
+    if form == "compiled":
+        encoder.compile()
+    images = torch.randn(BATCHES[side], 3, side, side, device="cuda", dtype=torch.bfloat16)
+
+    def call() -> None:
+        with torch.inference_mode():
+            encoder(images)
+
+    return call
+
+
+def jax_encoder(variant: str, side: int) -> Callable[[], object]:
+    """A call of this project's encoder, as `torch_encoder` makes one."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from sammix_jax.models.sam.image_encoder import ImageEncoder
+
+    sizes = dataclasses.replace(VARIANTS[variant], image_size=side)
+    encoder = ImageEncoder(sizes, dtype=jnp.bfloat16)
+    images = jax.random.normal(jax.random.key(0), (BATCHES[side], side, side, 3), jnp.bfloat16)
+    params = jax.jit(encoder.init)(jax.random.key(1), images[:1])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), jnp.bfloat16),
+        params,
+    )
+    apply = jax.jit(encoder.apply)
+    return lambda: apply(params, images)
+
+
+def torch_step(form: str, side: int) -> Callable[[], object]:
+    """A training step of PyTorch on a batch that lies in the host's memory."""
+    from benchmarks.torch_sam_mix import make_step
+    from benchmarks.train_step import make_batch
+
+    step = make_step(side, THREADS, "cuda", fused=form != "pytorch", compiled=form == "compiled")
+    batch = make_batch(quotas=QUOTAS)
+    return lambda: step(batch)
+
+
+def jax_step(side: int) -> Callable[[], object]:
+    """This project's step, as `torch_step` makes it."""
+    from benchmarks.train_step import jax_step, make_batch
+
+    step = jax_step(side, THREADS, dtype="bfloat16", quotas=QUOTAS)
+    batch = make_batch(quotas=QUOTAS)
+    return lambda: step(batch)
+
+
+def torch_gpu() -> tuple[Callable, Callable, str]:
+    """How to wait for the GPU; the process's peak of memory on it, in GiB; and its name."""
+    import torch
+
+    return (
+        lambda _: torch.cuda.synchronize(),
+        lambda: torch.cuda.max_memory_allocated() / 2**30,
+        torch.cuda.get_device_name(),
+    )
+
+
+def jax_gpu() -> tuple[Callable, Callable, str]:
+    """As `torch_gpu`."""
+    import jax
+
+    device = jax.devices("gpu")[0]
+    return (
+        jax.block_until_ready,
+        lambda: device.memory_stats()["peak_bytes_in_use"] / 2**30,
+        device.device_kind,
+    )
+
+
+def timed(call: Callable, wait: Callable) -> dict:
+    """Seconds of one call, compiled and warm."""
+    for _ in range(3):
+        begin = time.perf_counter()
+        wait(call())
+    repeats = max(1, round(SECONDS / (time.perf_counter() - begin)))
+    times = []
+    for _ in range(MEASURES):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            result = call()
+        wait(result)
+        times.append((time.perf_counter() - begin) / repeats)
+    return {"time": statistics.median(times), "low": min(times), "high": max(times)}
+
+
+def measure(form: str, what: str, side: int) -> dict:
+    """One cell, in this process.
+
+    Args:
+      form: one of FORMS.
+      what: the variant of an encoder, or "step".
+      side: of SAM's input, pixels.
+    """
+    wait, peak, device = jax_gpu() if form == "jax" else torch_gpu()
+    if what == "step":
+        call = jax_step(side) if form == "jax" else torch_step(form, side)
+    else:
+        call = jax_encoder(what, side) if form == "jax" else torch_encoder(form, what, side)
+    return timed(call, wait) | {"peak": peak(), "device": device}
+
+
+def measure_apart(form: str, what: str, sides: list[int]) -> dict[int, dict]:
+    """`measure` by side, in a fresh process; without those that failed, whose error shown."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--one", form, what, "--sides"]
+    command += [str(side) for side in sides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{form} {what} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+    cells = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(sides, cells, strict=False))
+
+
+def encoder_row(variant: str, side: int, cells: dict[str, dict]) -> str:
+    batch, ours = BATCHES[side], cells.get("jax")
+    times = _of_each(cells, lambda cell: f"{cell['time'] / batch * 1e3:.3f}")
+    rate = share = "–"
+    if ours:
+        flops = encoder_flops(VARIANTS[variant], side) * batch / ours["time"]
+        rate = f"{flops / 1e12:.0f}"
+        peak = next((p for name, p in PEAKS.items() if name in ours["device"]), None)
+        share = f"{flops / peak:.0%}" if peak else "–"
+    return _line(variant, side, batch, *times, *_ratios(cells), rate, share)
+
+
+def step_row(side: int, cells: dict[str, dict]) -> str:
+    speeds = _of_each(cells, lambda cell: f"{sum(QUOTAS) / cell['time']:.1f}")
+    peaks = _of_each(cells, lambda cell: f"{cell['peak']:.1f}")
+    return _line(side, f"{QUOTAS[0]} + {QUOTAS[1]}", *speeds, *_ratios(cells), *peaks)
+
+
+def _at(found: dict[str, dict[int, dict]], side: int) -> dict[str, dict]:
+    """The cells of a side, of the forms that have one."""
+    return {form: cells[side] for form, cells in found.items() if side in cells}
+
+
+def _of_each(cells: dict[str, dict], text: Callable[[dict], str]) -> list[str]:
+    return [text(cells[form]) if form in cells else "–" for form in FORMS]
+
+
+def _ratios(cells: dict[str, dict]) -> list[str]:
+    """How many times as fast JAX is as the official code, and as the fastest of PyTorch's forms."""
+    theirs = {form: cell["time"] for form, cell in cells.items() if form != "jax"}
+    if "jax" not in cells or "pytorch" not in theirs:
+        return ["–", "–"]
+    ours = cells["jax"]["time"]
+    return [f"{theirs['pytorch'] / ours:.2f}", f"{min(theirs.values()) / ours:.2f}"]
+
+
+def _line(*values) -> str:
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def _header(*names: str) -> str:
+    return f"\n{_line(*names)}\n|{'---|' * len(names)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="*", default=["vit_b"], choices=VARIANTS)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--sides", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--step_sides", type=int, nargs="*", default=list(STEP_SIDES))
+    parser.add_argument("--one", nargs=2, help="a form, and 'step' or a variant: in this process")
+    flags = parser.parse_args()
+    if flags.one:
+        for side in flags.sides:
+            print(json.dumps(measure(*flags.one, side)), flush=True)
+        return
+    ratios = ("× official", "× fastest")
+    names = [f"{NAMES[form]}, ms" for form in FORMS]
+    print(_header("encoder", "side", "batch", *names, *ratios, "TFLOP/s", "of peak"), flush=True)
+    for variant in flags.variants:
+        found = {form: measure_apart(form, variant, flags.sides) for form in flags.forms}
+        for side in flags.sides:
+            print(encoder_row(variant, side, _at(found, side)), flush=True)
+    names = [f"{NAMES[form]}, slices/s" for form in FORMS]
+    peaks = [f"{NAMES[form]}, GiB" for form in FORMS]
+    print(_header("step", "batch", *names, *ratios, *peaks), flush=True)
+    found = {form: measure_apart(form, "step", flags.step_sides) for form in flags.forms}
+    for side in flags.step_sides:
+        print(step_row(side, _at(found, side)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
