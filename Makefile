@@ -34,7 +34,7 @@ test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
 parity: $(VENV)/convert
-	$(BIN)/python -m pytest $(PARALLEL) tests/models tests/convert tests/benchmarks/test_torch_sam_mix.py
+	$(BIN)/python -m pytest -m torch $(PARALLEL) tests
 
 bench: $(VENV)/convert
 	$(BIN)/python -m benchmarks.encoder --rounds 2 --repeats 3

@@ -44,6 +44,8 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(reversed(LAYERS)) for name in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
+TESTS = sorted(pathlib.Path(__file__).parent.rglob("test_*.py"))
+
 
 def room(path: pathlib.Path) -> str:
     """`data/volumes.py` → data; `train.py` → train."""
@@ -113,3 +115,14 @@ def test_run_time_needs_no_torch():
             elif isinstance(node, ast.Import):
                 roots |= {alias.name.split(".")[0] for alias in node.names}
         assert not roots & {"torch", "torchvision", "convert"}, path
+
+
+def test_what_needs_torch_says_so():
+    """By its mark `make parity` finds it; without, it would be skipped everywhere."""
+    asking = [path for path in TESTS if 'importorskip("torch"' in path.read_text()]
+    asking.remove(pathlib.Path(__file__))
+    assert len(asking) > 5
+    for path in asking:
+        text = path.read_text()
+        whole = "pytestmark = pytest.mark.torch" in text
+        assert whole or text.count('importorskip("torch"') == text.count("@pytest.mark.torch"), path

@@ -30,6 +30,8 @@ from sammix_jax.optim import make_optimiser, merge_params, split_params
 from sammix_jax.preprocess import scale_slices
 from sammix_jax.sam_mix import sam_mix
 
+pytestmark = pytest.mark.torch
+
 SIZE = 128  # of the slices: ResNet-38's map is 4 × 4
 RANK = 2
 LABELLED = 2

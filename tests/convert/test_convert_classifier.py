@@ -16,6 +16,8 @@ from convert.classifier_rules import RESNET38D, classifier_shapes
 from sammix_jax.models.resnet import PreActivationBlock, ResNet
 from sammix_jax.weights import read_weights
 
+pytestmark = pytest.mark.torch
+
 
 def conv(c, d, kernel, stride=1):
     return nn.Conv2d(c, d, kernel, stride, kernel // 2, bias=False)

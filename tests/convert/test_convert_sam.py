@@ -28,6 +28,8 @@ from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train_step import load_pretrained, make_init
 from sammix_jax.weights import IMAGE_KEYS, read_weights, write_weights
 
+pytestmark = pytest.mark.torch
+
 try:
     official()
 except ImportError:

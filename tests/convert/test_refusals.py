@@ -13,6 +13,8 @@ from convert import classifier, sam
 from convert.sam_rules import OFFICIAL, sam_shapes
 from sammix_jax.errors import UserError
 
+pytestmark = pytest.mark.torch
+
 
 class Payload:
     """Runs a command where it is unpickled."""

@@ -14,6 +14,8 @@ from sammix_jax.models.sam import Sam
 
 torch = pytest.importorskip("torch", reason="parity needs torch (requirements/convert.txt)")
 
+pytestmark = pytest.mark.torch
+
 RANK = 4
 TOLERANCE = 1e-4  # of the largest gradient in the leaf
 # Between them every parameter of the prompt encoder is used: without a mask its embedding of "no

@@ -21,6 +21,8 @@ try:
 except ImportError:
     pytest.skip("parity needs segment-anything (requirements/convert.txt)", allow_module_level=True)
 
+pytestmark = pytest.mark.torch
+
 SMALL = SamVariant(
     image_size=96,
     patch_size=8,

@@ -63,7 +63,9 @@ class Fakes:
         (self.folder / "answers").write_text(json.dumps(answers))
 
     def start(self, script, *arguments, **environment):
-        environment = os.environ | environment | {"PATH": f"{self.folder}:{os.environ['PATH']}"}
+        # Of what the scripts read nothing comes from outside, as PYTHON of `make test PYTHON=...`.
+        outside = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "DRY_RUN")}
+        environment = outside | environment | {"PATH": f"{self.folder}:{os.environ['PATH']}"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [BASH, SCRIPTS / script, *arguments]
         return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)

@@ -30,6 +30,7 @@ def test_instance_norm(maps):
     np.testing.assert_allclose(InstanceNorm().apply(affine, jnp.asarray(x)), expected, atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("shape", [(16, 24), (1, 3), (2, 1)])
 def test_upsample_is_pytorchs_with_aligned_corners(shape):
     torch = pytest.importorskip("torch")
@@ -43,6 +44,7 @@ def test_upsample_is_pytorchs_with_aligned_corners(shape):
     np.testing.assert_allclose(upsample(x), theirs.permute(0, 2, 3, 1), atol=1e-5)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("factor", [2, 8])
 def test_shrink_is_pytorchs_with_aligned_corners(maps, factor):
     torch = pytest.importorskip("torch")

@@ -108,6 +108,7 @@ def test_classifier_pools_once_more():
         MultiMix().init(jax.random.key(0), jnp.zeros((1, 48, 64, 1)))
 
 
+@pytest.mark.torch
 def test_network_is_pytorchs(variables, images, output):
     """The forward pass and the saliency, written again with PyTorch's layers."""
     torch = pytest.importorskip("torch")

@@ -80,6 +80,7 @@ def test_standardised_conv():
     np.testing.assert_allclose(model.apply(variables, x)[0], expected, atol=1e-4)
 
 
+@pytest.mark.torch
 def test_bottleneck_is_pytorchs():
     torch = pytest.importorskip("torch")
     f = torch.nn.functional
