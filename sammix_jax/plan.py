@@ -184,13 +184,11 @@ def _bytes(tree) -> int:
 
 
 def _step_plan(name: str, slices: int, step, args: tuple, parts: dict, target: Target) -> StepPlan:
-    # Traced as for a CPU: what a GPU's fused kernels compute cannot be counted, and where there is
-    # a GPU a program for a TPU must not hold them.
-    plain = jax.default_device(jax.local_devices(backend="cpu")[0])
-    with plain:
+    with _no_fused_kernels():
         flops = count_flops(step, *args)
     try:
-        with contextlib.nullcontext() if target.devices[0].platform == "gpu" else plain:
+        on_gpu = target.devices[0].platform == "gpu"
+        with contextlib.nullcontext() if on_gpu else _no_fused_kernels():
             compiled = step.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
         # A TPU's compiler knows the chip's memory, and gives up beyond it.
@@ -212,6 +210,14 @@ def _step_plan(name: str, slices: int, step, args: tuple, parts: dict, target: T
     }
     collectives = count_collectives(compiled.as_text())
     return StepPlan(name, slices, parts | working, total, flops, collectives)
+
+
+def _no_fused_kernels():
+    """On a machine with a GPU, traces as for a CPU: what a GPU's fused kernels compute cannot be
+    counted, and a program for a TPU must not hold them."""
+    if jax.default_backend() != "gpu":
+        return contextlib.nullcontext()
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def exhausted_bytes(message: str) -> float:

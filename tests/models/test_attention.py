@@ -98,29 +98,36 @@ def test_every_path_and_its_gradient_equal_the_plain_one(path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), ours, expected)
 
 
+def device_of(platform, capability="", version="cuda 13000"):
+    client = types.SimpleNamespace(platform_version=version)
+    return types.SimpleNamespace(platform=platform, compute_capability=capability, client=client)
+
+
+HOPPER = device_of("gpu", "9.0")
+
+
 @pytest.mark.parametrize(
-    ("platform", "capability", "grid", "dtype", "fused"),
+    ("device", "grid", "dtype", "fused"),
     [
-        ("gpu", "9.0", 64, jnp.bfloat16, True),
-        ("gpu", "9.0", 64, jnp.float32, False),
-        ("gpu", "10.3", 96, jnp.bfloat16, True),
-        ("gpu", "9.0", 97, jnp.bfloat16, False),
-        ("gpu", "8.0", 32, jnp.float16, True),
-        ("gpu", "8.0", 64, jnp.bfloat16, False),
-        ("tpu", "", 14, jnp.bfloat16, False),
+        (HOPPER, 64, jnp.bfloat16, True),
+        (HOPPER, 64, jnp.float32, False),
+        (HOPPER, 97, jnp.bfloat16, False),
+        (device_of("gpu", "10.3"), 96, jnp.bfloat16, True),
+        (device_of("gpu", "8.0"), 32, jnp.float16, True),
+        (device_of("gpu", "8.0"), 64, jnp.bfloat16, False),
+        (device_of("gpu", "gfx942", "rocm 70000"), 14, jnp.bfloat16, False),
+        (device_of("tpu", version="libtpu"), 14, jnp.bfloat16, False),
     ],
 )
-def test_fused_where_there_is_a_kernel(platform, capability, grid, dtype, fused, monkeypatch):
-    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+def test_fused_where_there_is_a_kernel(device, grid, dtype, fused, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert can_fuse(64, grid, grid, dtype) is fused
 
 
 def test_another_default_device_is_not_fused_for(monkeypatch):
-    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
     cpu = jax.local_devices()[0]
     monkeypatch.setattr(
-        jax, "local_devices", lambda backend="gpu": [gpu] if backend == "gpu" else [cpu]
+        jax, "local_devices", lambda backend="gpu": [HOPPER] if backend == "gpu" else [cpu]
     )
     assert can_fuse(64, 14, 14, jnp.bfloat16)
     for device in (cpu, "cpu"):

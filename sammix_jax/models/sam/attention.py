@@ -162,7 +162,10 @@ def can_fuse(d: int, h: int, w: int, dtype) -> bool:
     device = jax.config.jax_default_device or jax.local_devices()[0]
     if isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
-    if device.platform != "gpu" or jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16):
+    # AMD's are called "gpu" too.
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    if jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16):
         return False
     since_hopper = float(device.compute_capability) >= 9
     return _fused_width(d, h, w) <= FUSED_WIDTHS[since_hopper]
