@@ -7,9 +7,10 @@ that of `benchmarks/train_step.py`: parameters and Adam in float32, the networks
 PyTorch by autocast. PyTorch runs in three forms: the official code as it is; the same with
 `scaled_dot_product_attention`; and that compiled by `torch.compile` (of the step, both networks).
 
-Each form measures in processes of its own, one after another, small inputs first. A program is
-called once to compile and twice to warm up; then, five times over, as many calls as fill 0.3 s are
-made and the GPU waited for: medians of the five. Every step is waited for, for its loss.
+Each cell is measured in a process of its own, one after another. A program is called once to
+compile and twice to warm up; then, five times over, as many calls as fill 0.3 s are made and the
+GPU waited for: medians of the five, with the range. Every step is waited for, for its loss. GiB are
+the most that arrays took on the GPU at once.
 
 Needs segment-anything and the builds of torch and JAX for CUDA.
 """
@@ -17,6 +18,7 @@ Needs segment-anything and the builds of torch and JAX for CUDA.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -40,8 +42,14 @@ QUOTAS = (4, 4)  # slices of a step, with a mask and without
 STEP_SIDES = (256, 1024)
 MEASURES, SECONDS = 5, 0.3
 THREADS = 8  # of the host
-# Dense bfloat16, from NVIDIA's data sheets of the SXM modules.
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+# Dense bfloat16, from NVIDIA's data sheets, by the names that devices give themselves. An H100 as a
+# PCIe card has less.
+PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
 
 
 def encoder_flops(sizes: SamVariant, side: int) -> int:
@@ -100,10 +108,13 @@ def jax_encoder(variant: str, side: int) -> Callable[[], object]:
     images = jax.random.normal(jax.random.key(0), (BATCHES[side], side, side, 3), jnp.bfloat16)
     params = jax.jit(encoder.init)(jax.random.key(1), images[:1])
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), jnp.bfloat16),
-        params,
-    )
+
+    def position_drawn(path, leaf):
+        if path[-1].key in ("rel_pos_h", "rel_pos_w", "pos_embed"):
+            leaf = 0.02 * rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(leaf, jnp.bfloat16)
+
+    params = jax.tree_util.tree_map_with_path(position_drawn, params)
     apply = jax.jit(encoder.apply)
     return lambda: apply(params, images)
 
@@ -128,9 +139,10 @@ def jax_step(side: int) -> Callable[[], object]:
 
 
 def torch_gpu() -> tuple[Callable, Callable, str]:
-    """How to wait for the GPU; the process's peak of memory on it, in GiB; and its name."""
+    """How to wait for the GPU; the most that arrays took on it, in GiB; and its name."""
     import torch
 
+    torch.backends.cudnn.benchmark = True  # convolutions are chosen by trial, as XLA's are
     return (
         lambda _: torch.cuda.synchronize(),
         lambda: torch.cuda.max_memory_allocated() / 2**30,
@@ -182,38 +194,44 @@ def measure(form: str, what: str, side: int) -> dict:
     return timed(call, wait) | {"peak": peak(), "device": device}
 
 
-def measure_apart(form: str, what: str, sides: list[int]) -> dict[int, dict]:
-    """`measure` by side, in a fresh process; without those that failed, whose error shown."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--one", form, what, "--sides"]
-    command += [str(side) for side in sides]
+def measure_apart(form: str, what: str, side: int) -> dict | None:
+    """`measure` in a fresh process; None where it fails, and the error is shown."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--one", form, what, str(side)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        print(f"{form} {what} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
-    cells = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(zip(sides, cells, strict=False))
+        print(f"{form} {what} {side} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_forms(forms: list[str], what: str, side: int) -> dict[str, dict]:
+    """The cells of a row, of the forms that did not fail."""
+    found = {form: measure_apart(form, what, side) for form in forms}
+    return {form: cell for form, cell in found.items() if cell}
 
 
 def encoder_row(variant: str, side: int, cells: dict[str, dict]) -> str:
     batch, ours = BATCHES[side], cells.get("jax")
-    times = _of_each(cells, lambda cell: f"{cell['time'] / batch * 1e3:.3f}")
+    times = _of_each(cells, lambda cell: _milliseconds(cell, batch, 3))
     rate = share = "–"
     if ours:
         flops = encoder_flops(VARIANTS[variant], side) * batch / ours["time"]
         rate = f"{flops / 1e12:.0f}"
-        peak = next((p for name, p in PEAKS.items() if name in ours["device"]), None)
+        peak = PEAKS.get(ours["device"])
         share = f"{flops / peak:.0%}" if peak else "–"
     return _line(variant, side, batch, *times, *_ratios(cells), rate, share)
 
 
 def step_row(side: int, cells: dict[str, dict]) -> str:
-    speeds = _of_each(cells, lambda cell: f"{sum(QUOTAS) / cell['time']:.1f}")
+    times = _of_each(cells, lambda cell: _milliseconds(cell, 1, 1))
     peaks = _of_each(cells, lambda cell: f"{cell['peak']:.1f}")
-    return _line(side, f"{QUOTAS[0]} + {QUOTAS[1]}", *speeds, *_ratios(cells), *peaks)
+    return _line(side, f"{QUOTAS[0]} + {QUOTAS[1]}", *times, *_ratios(cells), *peaks)
 
 
-def _at(found: dict[str, dict[int, dict]], side: int) -> dict[str, dict]:
-    """The cells of a side, of the forms that have one."""
-    return {form: cells[side] for form, cells in found.items() if side in cells}
+def _milliseconds(cell: dict, images: int, digits: int) -> str:
+    """Of one image of a batch: the median and the range."""
+    time, low, high = (f"{cell[key] / images * 1e3:.{digits}f}" for key in ("time", "low", "high"))
+    return f"{time} ({low}–{high})"
 
 
 def _of_each(cells: dict[str, dict], text: Callable[[dict], str]) -> list[str]:
@@ -241,27 +259,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="*", default=["vit_b"], choices=VARIANTS)
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
-    parser.add_argument("--sides", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--sides", type=int, nargs="+", default=list(BATCHES), choices=BATCHES)
     parser.add_argument("--step_sides", type=int, nargs="*", default=list(STEP_SIDES))
-    parser.add_argument("--one", nargs=2, help="a form, and 'step' or a variant: in this process")
+    parser.add_argument("--one", nargs=3, help="form, 'step' or variant, side: in this process")
     flags = parser.parse_args()
     if flags.one:
-        for side in flags.sides:
-            print(json.dumps(measure(*flags.one, side)), flush=True)
+        form, what, side = flags.one
+        print(json.dumps(measure(form, what, int(side))))
         return
     ratios = ("× official", "× fastest")
     names = [f"{NAMES[form]}, ms" for form in FORMS]
     print(_header("encoder", "side", "batch", *names, *ratios, "TFLOP/s", "of peak"), flush=True)
-    for variant in flags.variants:
-        found = {form: measure_apart(form, variant, flags.sides) for form in flags.forms}
-        for side in flags.sides:
-            print(encoder_row(variant, side, _at(found, side)), flush=True)
-    names = [f"{NAMES[form]}, slices/s" for form in FORMS]
+    for variant, side in itertools.product(flags.variants, flags.sides):
+        cells = measure_forms(flags.forms, variant, side)
+        print(encoder_row(variant, side, cells), flush=True)
+    names = [f"{NAMES[form]}, ms" for form in FORMS]
     peaks = [f"{NAMES[form]}, GiB" for form in FORMS]
     print(_header("step", "batch", *names, *ratios, *peaks), flush=True)
-    found = {form: measure_apart(form, "step", flags.step_sides) for form in flags.forms}
     for side in flags.step_sides:
-        print(step_row(side, _at(found, side)), flush=True)
+        print(step_row(side, measure_forms(flags.forms, "step", side)), flush=True)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,8 @@ class FusedAttention(nn.Module):
         self.num_heads = official.num_heads
         self.qkv, self.proj = official.qkv, official.proj
         self.rel_pos_h, self.rel_pos_w = official.rel_pos_h, official.rel_pos_w
+        # Looked up here: within `forward` the import would cut what torch.compile sees in parts.
+        self.get_rel_pos = modeling().image_encoder.get_rel_pos
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
@@ -98,7 +100,7 @@ class FusedAttention(nn.Module):
         q, k, v = qkv.unbind(0)
         places = q.reshape(b, self.num_heads, h, w, -1)  # (B, M, N, D) -> (B, M, H, W, D)
         table_h, table_w = (
-            modeling().image_encoder.get_rel_pos(side, side, table).to(q.dtype)
+            self.get_rel_pos(side, side, table).to(q.dtype)
             for side, table in ((h, self.rel_pos_h), (w, self.rel_pos_w))
         )
         rel_h = torch.einsum("bmhwd,hkd->bmhwk", places, table_h)

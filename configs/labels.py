@@ -18,7 +18,7 @@ alone also sees the two scans without masks.
 """
 
 from configs import quickstart
-from sammix_jax.errors import UserError
+from sammix_jax.errors import check_name
 
 VARIANTS = {
     "sam_mix": {},
@@ -38,8 +38,7 @@ def get_config(variant: str = "sam_mix"):
     Raises:
       UserError: no such variant.
     """
-    if variant not in VARIANTS:
-        raise UserError(f"config: no variant {variant!r}: expected one of {', '.join(VARIANTS)}.")
+    check_name("variant", variant, VARIANTS)
     config = quickstart.get_config("random")
     config.data.size = 64
     config.model.image_size = 64

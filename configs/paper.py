@@ -29,7 +29,7 @@ from configs.baselines import (
     transunet,
     unet,
 )
-from sammix_jax.errors import UserError
+from sammix_jax.errors import check_name
 
 STEPS, BASELINE_STEPS = 300, 3000
 # A token of the mini is 8 pixels wide: of a slice, 4. Averaged to cells of 8 pixels, the phantom's
@@ -81,8 +81,7 @@ def get_config(system: str = "sam_mix"):
     Raises:
       UserError: no such system.
     """
-    if system not in SYSTEMS:
-        raise UserError(f"config: no system {system!r}: expected one of {', '.join(SYSTEMS)}.")
+    check_name("system", system, SYSTEMS)
     make, fields = SYSTEMS[system]
     config = make()
     config.update_from_flattened_dict(fields)

@@ -15,7 +15,7 @@ Writes    DIR/256/sam_mini.safetensors, for --config.model.sam_weights
 """
 
 from sammix_jax.config import default_config
-from sammix_jax.errors import UserError
+from sammix_jax.errors import check_name
 
 PARTS = {
     "first": {
@@ -46,8 +46,7 @@ def get_config(part: str = "first"):
     Raises:
       UserError: no such part.
     """
-    if part not in PARTS:
-        raise UserError(f"config: no part {part!r}: expected one of {', '.join(PARTS)}.")
+    check_name("part", part, PARTS)
     config = default_config()
     config.model.sam = "mini"
     config.model.lora_rank = 0

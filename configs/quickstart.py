@@ -11,7 +11,7 @@ Expected  phantom, 6 unseen patients, one seed: cam Dice 0.928 ± 0.012, HD95 11
 """
 
 from sammix_jax.config import default_config
-from sammix_jax.errors import UserError
+from sammix_jax.errors import check_name
 
 STARTS = {
     "pretrained": {"model.sam_weights": "weights/sam_mini.safetensors", "input.normalise": "sam"},
@@ -25,8 +25,7 @@ def get_config(start: str = "pretrained"):
     Raises:
       UserError: no such start.
     """
-    if start not in STARTS:
-        raise UserError(f"config: no start {start!r}: expected one of {', '.join(STARTS)}.")
+    check_name("start", start, STARTS)
     config = default_config()
     config.update_from_flattened_dict(STARTS[start])
     config.data.size = 128

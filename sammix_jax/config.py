@@ -86,8 +86,8 @@ def default_config() -> ml_collections.ConfigDict:
     model.remat = "none"  # what the backward pass computes again instead of keeping it: "dots", all
     #                       but products with weight matrices; "blocks", all within a block of
     #                       either network
-    model.query_chunk = 128  # queries that attend at a time in SAM's global blocks; on a GPU in
-    #                          bfloat16 or float16 all attend in cuDNN's fused kernel
+    model.query_chunk = 128  # queries that attend at a time in SAM's global blocks; not where
+    #                          cuDNN's fused kernel serves, on NVIDIA GPUs in bfloat16
 
     config.cam = cam = ml_collections.ConfigDict()
     cam.method = "grad_cam"  # (F); "cam" is the plain one, which keeps negative evidence

@@ -217,7 +217,14 @@ def _no_fused_kernels():
     counted, and a program for a TPU must not hold them."""
     if jax.default_backend() != "gpu":
         return contextlib.nullcontext()
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: --mode=plan counts operations as for a CPU, which that "
+            f"leaves out; set JAX_PLATFORMS={platforms},cpu or unset it."
+        ) from error
 
 
 def exhausted_bytes(message: str) -> float:

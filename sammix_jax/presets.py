@@ -10,7 +10,7 @@ What a preset does not name is left as it is.
 """
 
 from sammix_jax.data import paper
-from sammix_jax.errors import UserError
+from sammix_jax.errors import check_name
 
 PRESETS = {
     "paper": {
@@ -38,6 +38,5 @@ def apply_preset(config, name: str) -> None:
     Raises:
       UserError: no such preset.
     """
-    if name not in PRESETS:
-        raise UserError(f"config: no preset {name!r}: expected one of {', '.join(PRESETS)}.")
+    check_name("preset", name, PRESETS)
     config.update_from_flattened_dict(PRESETS[name])

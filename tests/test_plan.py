@@ -174,3 +174,17 @@ def test_the_sweep_finds_the_largest_batch(config, monkeypatch, memory, gives_up
         else:
             assert best is None and "does not fit" in line
     assert (config.train.batch_labelled, config.train.batch_unlabelled) == (2, 6)
+
+
+def test_operations_are_counted_without_a_gpus_kernels(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with plan._no_fused_kernels():
+        assert jax.config.jax_default_device == jax.local_devices(backend="cpu")[0]
+
+    def unknown(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", unknown)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match="set JAX_PLATFORMS=cuda,cpu or unset it"):
+        plan._no_fused_kernels()

@@ -1,7 +1,7 @@
 """Data, split, labels and evaluation that all baselines share with SAM-Mix's own runs."""
 
 from configs import lits, quickstart
-from sammix_jax.errors import UserError
+from sammix_jax.errors import check_name
 
 VARIANTS = ("phantom", "lits")
 
@@ -12,8 +12,7 @@ def sam_mix_config(data: str):
     Raises:
       UserError: no such variant.
     """
-    if data not in VARIANTS:
-        raise UserError(f"config: no variant {data!r}: expected one of {', '.join(VARIANTS)}.")
+    check_name("variant", data, VARIANTS)
     return quickstart.get_config("random") if data == "phantom" else lits.get_config()
 
 

@@ -277,3 +277,23 @@ def test_a_step_of_adam(both):
 def test_an_empty_cam_gives_the_central_box():
     mask, box = torch_sam_mix.cam_prompt(torch.ones(1, 3, 2, 2), torch.ones(3), (16, 32))
     assert not mask.any() and box.tolist() == [[8, 4, 24, 12]]
+
+
+def test_fused_attention_is_the_officials_and_compiles_whole():
+    encoder = torch_sam.build_encoder(TINY, TINY.image_size).eval()
+    torch.manual_seed(0)
+    for name, leaf in encoder.named_parameters():
+        if "pos" in name:
+            torch.nn.init.normal_(leaf, std=0.3)
+    images, graphs = torch.randn(1, 3, TINY.image_size, TINY.image_size), []
+    with torch.no_grad():
+        expected = encoder(images)
+        torch_sam.fuse_attention(encoder)
+        torch.testing.assert_close(encoder(images), expected, rtol=0, atol=1e-5)
+
+        def count(graph, _):
+            graphs.append(graph)
+            return graph.forward
+
+        torch.compile(encoder, backend=count)(images)
+    assert len(graphs) == 1

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 # whole. One chunk of vit_b at 1024 x 1024 holds 12 x 128 x 4096 logits: 25 MB an image in float32
 # where the whole is 805 MB. Of 128, 256, 512 and 1024 the smallest was the fastest on a CPU.
 QUERY_CHUNK = 128
-# Of a query and of what it brings for position, in cuDNN's fused attention: before Hopper, and on.
-FUSED_WIDTHS = (128, 256)
+# Features of a query, with what it brings for position, that cuDNN's fused attention takes forward
+# and backward alike, by the first digit of the compute capability: 9 is Hopper. cuDNN's tables name
+# 256 for 10, too, but not all widths below it.
+FUSED_WIDTHS = {8: 128, 9: 256, 10: 128, 12: 128}
 
 
 def relative_embeddings(table: jax.Array, side: int) -> jax.Array:
@@ -167,8 +169,8 @@ def can_fuse(d: int, h: int, w: int, dtype) -> bool:
         return False
     if jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16):
         return False
-    since_hopper = float(device.compute_capability) >= 9
-    return _fused_width(d, h, w) <= FUSED_WIDTHS[since_hopper]
+    generation = int(device.compute_capability.split(".")[0])
+    return _fused_width(d, h, w) <= FUSED_WIDTHS.get(generation, 0)
 
 
 def _with_position(q: jax.Array, table_h: jax.Array, table_w: jax.Array) -> jax.Array:
