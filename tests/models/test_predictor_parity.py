@@ -99,10 +99,10 @@ def test_same_embedding(pair, size, image_format):
 def test_same_answers(pair, size, multimask):
     for one in pair:
         one.set_image(picture(size))
-    worst = 0.0
+    worst, count = 0.0, 0
     inside = []
     for name, given in prompts(size).items():
-        for logits in (False, True):
+        for logits in (True, False):
             their_masks, their_iou, their_low = pair[0].predict(
                 **given, multimask_output=multimask, return_logits=logits
             )
@@ -112,13 +112,17 @@ def test_same_answers(pair, size, multimask):
             assert masks.dtype == their_masks.dtype
             if logits:
                 close(masks, their_masks)
+                # A pixel may fall to either side where its logit is zero to rounding.
+                unsure = np.abs(their_masks) <= 1e-5 * np.abs(their_masks).max()
                 worst = max(worst, np.abs(masks - their_masks).max() / np.abs(their_masks).max())
             else:
                 assert masks.shape == their_masks.shape
-                differing = (masks != their_masks).sum()
-                assert not differing, f"{name}: {differing} of {masks.size} pixels differ"
+                differing = masks != their_masks
+                count += differing.sum()
+                assert not (differing & ~unsure).any(), name
                 inside.append(masks.mean())
             np.testing.assert_allclose(iou, their_iou, atol=1e-6, rtol=1e-5)
             close(low, their_low)
-    print(f"{size}: logits within {worst:.1e} of the largest; masks identical")
+    print(f"{size}: logits within {worst:.1e} of the largest; {count} pixels differ")
+    assert count <= 2 * len(prompts(size))
     assert 0.02 < np.mean(inside) < 0.98  # masks that are neither empty nor full

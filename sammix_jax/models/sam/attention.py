@@ -16,8 +16,8 @@ import jax.numpy as jnp
 # where the whole is 805 MB. Of 128, 256, 512 and 1024 the smallest was the fastest on a CPU.
 QUERY_CHUNK = 128
 # Features of a query, with what it brings for position, that cuDNN's fused attention takes forward
-# and backward alike, by the first digit of the compute capability: 9 is Hopper. cuDNN's tables name
-# 256 for 10, too, but not all widths below it.
+# and backward, by the major number of the compute capability: 9 is Hopper. For 10 its tables name
+# 256 too, but nothing between 128 and that.
 FUSED_WIDTHS = {8: 128, 9: 256, 10: 128, 12: 128}
 
 
