@@ -27,16 +27,11 @@ def torch_encoder(side: int, threads: int):
     """Returns the official encoder as a function of (1, side, side, 3) float32, weights loaded."""
     import torch
 
-    from benchmarks.torch_sam import build_encoder
+    from benchmarks.torch_sam import random_encoder
     from sammix_jax.models.sam import VARIANTS
 
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    encoder = build_encoder(VARIANTS[VARIANT], side).eval()
-    with torch.no_grad():
-        for name, leaf in encoder.named_parameters():
-            if "rel_pos" in name or "pos_embed" in name:
-                leaf.normal_(std=0.02)
+    encoder = random_encoder(VARIANTS[VARIANT], side)
 
     @torch.inference_mode()
     def encode(images):

@@ -72,14 +72,9 @@ def torch_encoder(form: str, variant: str, side: int) -> Callable[[], None]:
     """A call of PyTorch's encoder on a batch that lies on the GPU."""
     import torch
 
-    from benchmarks.torch_sam import build_encoder, fuse_attention
+    from benchmarks.torch_sam import fuse_attention, random_encoder
 
-    torch.manual_seed(0)
-    encoder = build_encoder(VARIANTS[variant], side).eval()
-    with torch.no_grad():
-        for name, leaf in encoder.named_parameters():
-            if "rel_pos" in name or "pos_embed" in name:
-                leaf.normal_(std=0.02)
+    encoder = random_encoder(VARIANTS[variant], side)
     if form != "pytorch":
         fuse_attention(encoder)
     encoder = encoder.to("cuda", torch.bfloat16)

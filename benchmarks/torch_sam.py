@@ -55,6 +55,17 @@ def build_encoder(sizes: SamVariant, side: int) -> nn.Module:
     )
 
 
+def random_encoder(sizes: SamVariant, side: int, seed: int = 0) -> nn.Module:
+    """`build_encoder` for inference, position drawn too, which it begins at zero."""
+    torch.manual_seed(seed)
+    encoder = build_encoder(sizes, side).eval()
+    with torch.no_grad():
+        for name, leaf in encoder.named_parameters():
+            if "rel_pos" in name or "pos_embed" in name:
+                leaf.normal_(std=0.02)
+    return encoder
+
+
 def build_sam(sizes: SamVariant, side: int, grid: tuple[int, int] | None = None) -> nn.Module:
     """The official SAM, built for inputs of (side, side); its prompt encoder for embeddings of
     `grid` (h, w), where they are of other inputs."""
