@@ -216,10 +216,23 @@ def _write_folder(folder: pathlib.Path, arrays: dict, record: ScanRecord) -> Non
         for name, array in arrays.items():
             np.save(partial / name, array)
         write_json(partial / SCAN, record.to_json())
+        if _same_scan(folder, partial):
+            return
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # No folder replaces another that is not empty: here, one that appeared since.
+            if not _same_scan(folder, partial):
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _same_scan(folder: pathlib.Path, partial: pathlib.Path) -> bool:
+    """Whether another process has finished in `folder` what lies in `partial`."""
+    path = folder / SCAN
+    return path.exists() and read_json(path) == read_json(partial / SCAN)
 
 
 def _write_objects(folder: Path, arrays: dict, record: ScanRecord) -> None:

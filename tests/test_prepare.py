@@ -120,6 +120,47 @@ def test_a_full_disk_leaves_no_half_store(config, tmp_path, monkeypatch):
     assert len(prepare(config, tmp_path / "run").records) == 3
 
 
+@pytest.mark.parametrize("moment", ["before the old folder goes", "after it went"])
+def test_another_process_may_finish_a_scan_first(config, tmp_path, monkeypatch, moment):
+    finished = prepare(config, tmp_path / "other").root / "scans"
+    scans = tmp_path / "run" / "store" / "scans"
+    save, rmtree, came = np.save, prepare_module.shutil.rmtree, set()
+
+    def come(name):
+        came.add(name)
+        prepare_module.shutil.copytree(finished / name, scans / name)
+
+    def slow(path, array):
+        save(path, array)
+        if moment.startswith("before") and path.name == "hu.npy":
+            come(path.parent.name.split(".")[1])
+
+    def removed(path, **options):
+        rmtree(path, **options)
+        if moment.startswith("after") and path.parent == scans and path.suffix != ".partial":
+            come(path.name)
+
+    monkeypatch.setattr(np, "save", slow)
+    monkeypatch.setattr(prepare_module.shutil, "rmtree", removed)
+    store = prepare(config, tmp_path / "run")
+    assert came == set(store.records) == {p.name for p in scans.iterdir()}
+
+
+def test_a_folder_that_cannot_be_replaced_is_told(config, tmp_path, monkeypatch):
+    scans = tmp_path / "run" / "store" / "scans"
+    rmtree = prepare_module.shutil.rmtree
+
+    def removed(path, **options):
+        rmtree(path, **options)
+        if path == scans / "volume-1":
+            path.mkdir()
+            (path / "stray").touch()
+
+    monkeypatch.setattr(prepare_module.shutil, "rmtree", removed)
+    with pytest.raises(UserError, match=r"volume-1: could not be written.*data\.store"):
+        prepare(config, tmp_path / "run")
+
+
 def test_other_settings_in_the_same_store_are_refused(config, tmp_path):
     prepare(config, tmp_path / "run")
     config.data.size = 32
