@@ -37,8 +37,8 @@ class SideBySide(NamedTuple):
     Attributes:
       module: its name, as in `python -m benchmarks.encoder`.
       title: what runs, at which batch and precision.
-      makers: "pytorch" and "jax" → `make(side, threads)`, which loads weights and returns the
-        function to be timed; that one returns when its work is done.
+      makers: "pytorch", "jax" and other forms of the latter → `make(side, threads)`, which loads
+        weights and returns the function to be timed; that one returns when its work is done.
       make_input: side → what both functions are given.
       sides: pixels, by default.
       slices: how many one call takes; 0 leaves slices per second out of the table.
@@ -97,7 +97,8 @@ def header(slices: int) -> str:
 
 
 def row(side: int, results: dict[str, list[dict]], slices: int) -> str:
-    pair = [summarise(results[name]) for name in ("pytorch", "jax")]
+    """The line of one side; of `results`, PyTorch's come first."""
+    pair = [summarise(rounds) for rounds in results.values()]
 
     def cells(key: str, form: str) -> list[str]:
         theirs, ours = (one[key] for one in pair)
@@ -118,6 +119,7 @@ def run(made: SideBySide) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="processes for each framework")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs in each process")
     parser.add_argument("--threads", type=int, default=2, help="threads, and cores used")
+    parser.add_argument("--ours", choices=list(made.makers)[1:], default="jax")
     parser.add_argument("--one", choices=made.makers, help="measure one framework, in this process")
     flags = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[: flags.threads]
@@ -129,13 +131,14 @@ def run(made: SideBySide) -> None:
     print(
         f"{made.title}; {versions}; {platform.platform()}; "
         f"{len(cores)} cores, {flags.threads} threads; MALLOC_ARENA_MAX={ARENAS}; "
+        f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}; {flags.ours}; "
         f"{flags.rounds} processes x {flags.repeats} runs, medians\n\n{header(made.slices)}",
         flush=True,
     )
     for side in flags.sides:
-        results = {name: [] for name in made.makers}
+        results = {name: [] for name in ("pytorch", flags.ours)}
         for _ in range(flags.rounds):
-            for name in made.makers:
+            for name in results:
                 one = measure_apart(made.module, name, side, flags.threads, flags.repeats)
                 results[name].append(one)
         print(row(side, results, made.slices), flush=True)

@@ -6,9 +6,10 @@ Both take one labelled and one unlabelled int16 slice of 256 × 256 and return w
 are updated: window, ResNet-38 on both slices, Grad-CAM, mask and box; SAM's vit_b with LoRA at
 `side` on the labelled one; Dice and cross-entropy, gradients, Adam. All is float32 from random
 weights, and nothing is recomputed in the backward pass except what this project's attention does by
-itself. The PyTorch step is `benchmarks/torch_sam_mix.py`, from the official modules built for the
-side; the JAX one is what `main.py` trains with under configs/lits.py:standard, where SAM's position
-tables keep their native size and are resized in every step.
+itself, and more with `--ours jax_dots`, which sets `model.remat=dots`. The PyTorch step is
+`benchmarks/torch_sam_mix.py`, from the official modules built for the side; the JAX one is what
+`main.py` trains with under configs/lits.py:standard, where SAM's position tables keep their native
+size and are resized in every step.
 
 Processes, cores, threads, repeats and the whole peak are as in `benchmarks/encoder.py`. The rise is
 counted from what is resident when weights and Adam's moments are loaded, in both: initialising a
@@ -18,6 +19,8 @@ Needs requirements/convert.txt, for the official package.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 
@@ -39,12 +42,14 @@ def jax_step(
     threads: int,
     dtype: str = "float32",
     quotas: tuple[int, int] = (LABELLED, UNLABELLED),
+    remat: str = "none",
 ):
     """Returns this project's step, as `torch_step` does; XLA sizes its pool by the cores.
 
     Args:
       dtype: compute type.
       quotas: slices with a mask and without.
+      remat: a name in `remat.POLICIES`.
     """
     import jax
 
@@ -57,6 +62,7 @@ def jax_step(
     config = lits.get_config("standard")
     config.model.image_size = side
     config.model.dtype = dtype
+    config.model.remat = remat
     config.train.batch_labelled, config.train.batch_unlabelled = quotas
     mesh = make_mesh()
     layout, sharding = batch_layout(config.train, mesh), replicated(mesh)
@@ -97,7 +103,11 @@ def make_batch(
 STEPS = SideBySide(
     module="benchmarks.train_step",
     title=f"SAM-Mix training step, vit_b and ResNet-38, batch {LABELLED} + {UNLABELLED}, float32",
-    makers={"pytorch": torch_step, "jax": jax_step},
+    makers={
+        "pytorch": torch_step,
+        "jax": jax_step,
+        "jax_dots": functools.partial(jax_step, remat="dots"),
+    },
     make_input=make_batch,
     sides=(256, 1024),
     slices=LABELLED + UNLABELLED,

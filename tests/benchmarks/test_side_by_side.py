@@ -1,11 +1,14 @@
 """The table of a comparison: columns, medians and ratios."""
 
 import json
+import os
+import sys
 
 import pytest
 
 from benchmarks import side_by_side
 from benchmarks.input_pipeline import bytes_per_slice, make_batches, make_store
+from benchmarks.train_step import STEPS
 
 RESULTS = {
     "pytorch": [
@@ -53,3 +56,19 @@ def test_bytes_that_travel(tmp_path):
     batches = make_batches(make_store(tmp_path, scans=1, size=32), (4, 4), labelled=8)
     assert bytes_per_slice(batches) == 32 * 32 * (2 + 0.5) + 4
     assert not set(batches.labelled) & set(batches.unlabelled) and len(batches.labelled) == 8
+
+
+def test_another_form_of_ours_stands_beside_pytorch(monkeypatch, capsys):
+    ran = []
+
+    def measure_apart(module, framework, side, threads, repeats):
+        ran.append((framework, side))
+        return RESULTS["pytorch" if framework == "pytorch" else "jax"][0]
+
+    monkeypatch.setattr(side_by_side, "measure_apart", measure_apart)
+    monkeypatch.setattr(side_by_side.metadata, "version", lambda package: "1.0")  # torch may lack
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: None)
+    monkeypatch.setattr(sys, "argv", ["", "--sides", "256", "--rounds", "2", "--ours", "jax_dots"])
+    side_by_side.run(STEPS)
+    assert ran == [("pytorch", 256), ("jax_dots", 256)] * 2
+    assert "jax_dots" in capsys.readouterr().out
