@@ -12,6 +12,8 @@ in both, the workdir's), and paper.md, paper.csv, paper.png and steps.png there 
 import argparse
 import itertools
 import pathlib
+import sys
+from collections.abc import Mapping
 
 from benchmarks.cells import write_csv
 from benchmarks.paper_record import Key, Record, read_records, records_of, write_records
@@ -24,6 +26,7 @@ from benchmarks.paper_tables import (
 )
 from benchmarks.rows import DOMAINS, place_row, run_rows
 from configs import paper
+from sammix_jax.errors import UserError
 
 # SAM-PP-0 learns from nothing: one row of it serves all.
 UNTRAINED = "sam_pp_0"
@@ -57,6 +60,27 @@ def planned(systems, counts, seeds):
             yield seed, count, system
         elif (seed, count) == (seeds[0], counts[0]):
             yield 0, 0, system
+
+
+def check_budgets(rows, config_of, records: Mapping[Key, Record]) -> None:
+    """Rows of another budget than the record's would be refused once they are trained.
+
+    Args:
+      rows: (seed, count, system) of those to come.
+      config_of: `(system, count, seed) -> config`.
+      records: what is kept.
+
+    Raises:
+      UserError: a row's steps are not those of its system and number of labels in the record.
+    """
+    kept = {(system, count): record.steps for (system, count, _), record in records.items()}
+    for seed, count, system in rows:
+        steps = config_of(system, count, seed).train.steps
+        if kept.get((system, count), steps) != steps:
+            raise UserError(
+                f"{system}, k={count}: {steps} steps, where the record has "
+                f"{kept[system, count]}; say the record's --share, or another --record."
+            )
 
 
 def write_tables(records: dict[Key, Record], folder: pathlib.Path) -> str:
@@ -93,10 +117,15 @@ def main() -> None:
 
     def write(rows) -> None:
         records = read_records(kept) | records_of(rows, config_of)
+        write_tables(records, kept)  # refuses rows that do not go together, which are not kept then
         write_records(kept, records)
-        write_tables(records, kept)
 
-    run_rows(planned(args.systems, args.counts, args.seeds), config_of, args.workdir, write)
+    rows = list(planned(args.systems, args.counts, args.seeds))
+    try:
+        check_budgets(rows, config_of, read_records(kept))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    run_rows(rows, config_of, args.workdir, write)
     print(f"\n{(kept / 'paper.md').read_text()}")
 
 

@@ -40,6 +40,8 @@ def run_rows(planned, config_of, folder: pathlib.Path, write) -> None:
             check_config(config)
             check_weight_files(config)
             check_workdir(config, row_folder(folder, variant, count, seed))
+        if folder.is_dir():
+            finished_rows(config_of, folder)
         for seed, count, variant in planned:
             begin = time.monotonic()
             run_row(config_of(variant, count, seed), variant, count, seed, folder)

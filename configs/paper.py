@@ -1,9 +1,10 @@
 """The paper's comparison in small: few labels on a pretrained SAM against the best baseline.
 
 Command   make bench-paper     (all rows; stop it and run it again, it goes on)
+          make bench-paper ARGS="--systems SYSTEM --counts K --seeds S"     (one row)
           python -m sammix_jax.main --config=configs/paper.py:SYSTEM \
               --config.data.labelled_slices=K --config.seed=S --config.data.labels_seed=S \
-              --workdir=DIR     (one row)
+              --workdir=DIR     (its model alone, scored in its own domain)
 Data      phantom abdomens, as configs/quickstart.py; S draws the K labelled slices and the weights
 Labels    K counts the training masks alone: all slices of the 15 patients that train give their
           image-level label to the systems that can use it, and the 3 that validate have masks on
@@ -41,8 +42,9 @@ LORA = r"sam/image_encoder/.*/lora_.*"
 # Images are normalised as they were in pretraining.
 PRETRAINED = quickstart.STARTS["pretrained"]
 # What each learns on a pretrained SAM whose encoder is frozen, as on LiTS. SAM-Mix itself learns
-# whole: validation prefers it, of a SAM that has seen drawn shapes alone. So does SAM without
-# prompts, or the two would differ in more than the prompt; each has a row in LoRA's form besides.
+# whole: validation prefers it, of a SAM that has seen drawn shapes alone. So does SAMed's form, of
+# one mask and the longer budget; each has a row in LoRA's form besides. What the prompt gives is
+# the difference of sam_mix and sam_mix_unprompted, which never had one.
 TRAINED = {
     "sam_pp": {"train.trainable": (PROMPTS, DECODER)},
     "samed_lora": {"train.trainable": (LORA, NO_MASK, DECODER), "train.learning_rate": 3e-3},
@@ -67,6 +69,10 @@ SYSTEMS = {
     "labelled_only": (sam_mix_labelled_only.get_config, PRETRAINED | SAM_MIX),
     "sam_mix_lora": (quickstart.get_config, PRETRAINED | TRAINED["sam_mix_lora"] | SAM_MIX),
     "sam_mix": (quickstart.get_config, PRETRAINED | SAM_MIX),
+    "sam_mix_unprompted": (
+        quickstart.get_config,
+        PRETRAINED | SAM_MIX | {"cam.box": False, "cam.fusion": "none"},
+    ),
     "sam_mix_random": (quickstart.get_config, quickstart.STARTS["random"] | SAM_MIX),
 }
 # Those with the long budget.

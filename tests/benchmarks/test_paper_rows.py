@@ -1,8 +1,10 @@
 """The paper's comparison: which rows there are, what they differ in, and what the table says."""
 
+import contextlib
 import csv
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ import pytest
 from matplotlib.image import imread
 
 from benchmarks import paper, paper_tuning
-from benchmarks.cells import Row
+from benchmarks.cells import Row, Score
 from benchmarks.paper_record import (
     DIGITS,
+    METRICS,
     Record,
     read_records,
     records_of,
@@ -103,7 +106,7 @@ def test_sam_mix_has_a_tenth_of_the_baselines_steps():
 def test_who_starts_from_the_pretrained_sam():
     start = {system: get_config(system).model.sam_weights for system in SYSTEMS}
     sams = {"sam_pp_0", "sam_pp", "samed", "samed_lora"}
-    sams |= {"labelled_only", "sam_mix_lora", "sam_mix"}
+    sams |= {"labelled_only", "sam_mix_lora", "sam_mix", "sam_mix_unprompted"}
     weights = STARTS["pretrained"]["model.sam_weights"]
     assert {system for system, file in start.items() if file == weights} == sams
     assert {start[system] for system in SYSTEMS if system not in sams} == {""}
@@ -205,6 +208,45 @@ def test_records_outlive_their_workdirs(row, tmp_path):
     assert sam_mix.sam_weights == "01234567"
     assert records["unet", 50, 0].sam_weights == ""
     assert read_records(tmp_path / "nowhere") == {}
+
+
+def test_a_row_of_another_budget_is_refused_before_it_is_trained(tmp_path, monkeypatch):
+    values = dict.fromkeys(METRICS, 0.5)
+    scores = [Score("unet", 5, 0, DOMAINS[0], "none", "volume-0", values)]
+    write_records(tmp_path, {("unet", 5, 0): Record(600, "", scores)})
+    ran = []
+    monkeypatch.setattr(paper, "run_rows", lambda rows, *rest: ran.extend(rows))
+
+    def run(*arguments):
+        folders = ["--workdir", str(tmp_path / "runs"), "--record", str(tmp_path)]
+        own = ["--systems", "unet", "--seeds", "1"]
+        monkeypatch.setattr(sys, "argv", ["", *folders, *own, *arguments])
+        with contextlib.suppress(FileNotFoundError):  # the table, which no row has written
+            paper.main()
+
+    with pytest.raises(SystemExit, match=r"unet, k=5: 3000 steps, .* has 600; .*--share"):
+        run("--counts", "50", "5")
+    assert not ran
+    run("--counts", "50")  # another cell
+    run("--counts", "5", "--share", "0.2")
+    assert ran == [(1, 50, "unet"), (1, 5, "unet")]
+
+
+def test_rows_that_do_not_go_together_are_not_kept(row, tmp_path, monkeypatch):
+    rows = [row("unet", (0.6, 0.8)), row("unet", (0.5, 0.7), seed=1)]
+    kept = recorded(rows[:1], tmp_path)
+    kept["unet", 50, 0].steps = 5
+    monkeypatch.setattr(paper, "check_budgets", lambda *_: None)
+    monkeypatch.setattr(
+        paper, "run_rows", lambda planned, config_of, folder, write: write(rows[1:])
+    )
+    folders = ["--workdir", str(tmp_path / "runs"), "--record", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["", *folders, "--systems", "unet"])
+    write_records(tmp_path, kept)
+    before = (tmp_path / "scores.csv").read_bytes()
+    with pytest.raises(UserError, match="seed 0 has 5 steps"):
+        paper.main()
+    assert (tmp_path / "scores.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("differs", [{"steps": 300}, {"sam_weights": "0123abcd"}])
