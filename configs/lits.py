@@ -1,6 +1,9 @@
 """SAM-Mix as in the paper: liver in LiTS from 50 labelled slices.
 
-Command   python -m sammix_jax.main --config=configs/lits.py --config.data.root=DIR --workdir=DIR
+Command   python -m sammix_jax.main --config=configs/lits.py --config.data.root=DIR \
+              --config.model.sam_weights=FILE --workdir=DIR
+Weights   FILE is made by python -m convert.sam (docs/weights.md); without it SAM's encoder is noise
+          that nothing but LoRA trains
 Preset    paper: the authors' preprocessing to the bit; --config=configs/lits.py:standard keeps
           every slice and its proportions, and is the one for --config.input.normalise=sam
 Data      LiTS or Task03_Liver, 131 labelled scans; split 91/13/27 by patient

@@ -82,7 +82,9 @@ def train(config, workdir, store: SliceStore) -> bool:
         # Data, model and weights are sound: from here on the workdir belongs to this run.
         claim_workdir(config, workdir)
         keep(split, labelled, store, workdir)
-        if begins:  # the files may be others later
+        if begins:
+            _tell_of_frozen_noise(state.frozen, config.model.sam_weights)
+            # The files may be others later.
             write_json(as_path(workdir) / BEGUN_FROM, digests(config))
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
@@ -147,6 +149,14 @@ def slices_without_masks(
         scans += tuple(name for name, record in store.records.items() if not record.has_label)
     taken = set(labelled)
     return tuple(s for scan in scans for s in store.slices(scan) if s not in taken)
+
+
+def _tell_of_frozen_noise(frozen: dict, sam_weights: str) -> None:
+    if not sam_weights and "sam/image_encoder/patch_embed/kernel" in frozen:
+        _LOG.warning(
+            "SAM's image encoder is frozen at random values, which makes a SAM of no use: give "
+            "--config.model.sam_weights=FILE (docs/weights.md tells how to make it), or train it."
+        )
 
 
 def _count(parameters: dict) -> int:

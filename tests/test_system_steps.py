@@ -70,6 +70,23 @@ def test_predictions_under_each_protocol(name):
         make_predict(system, system.config, ("cam",))
 
 
+@pytest.mark.parametrize(("name", "averages"), [("nnunet", True), ("unet", False)])
+def test_nnunet_predicts_a_mirrored_slice_mirrored(name, averages):
+    system, states, _ = trained(name)
+    images = jax.random.uniform(jax.random.key(3), (2, SIDE, SIDE))
+    predict = jax.jit(
+        lambda x: system.predict(states[-1].variables, x, None, ("none",), False).logits["none"]
+    )
+    plain = predict(images)
+    for axes in ((1,), (2,), (1, 2)):
+        moved = jnp.abs(jnp.flip(predict(jnp.flip(images, axes)), axes) - plain).max()
+        assert (float(moved) < 1e-5) == averages
+    # One network stands behind them: the mean of its four answers is the first of them here.
+    if averages:
+        one = system.model.apply(states[-1].variables, system._inputs(images)).logits
+        assert 1e-5 < float(jnp.abs(one - plain).max()) < float(jnp.abs(one).max())
+
+
 def test_multimix_is_gated_by_its_classifier():
     system, states, _ = trained("multimix")
     variables = jax.tree.map(lambda leaf: leaf, states[-1].variables)

@@ -344,6 +344,18 @@ def test_the_classifier_warms_up_alone(config, teacher):
     assert float(metrics["loss"]) == float(metrics["classification_loss"])
 
 
+def test_an_encoder_frozen_at_random_values_is_told(config, caplog):
+    def told(sam_weights: str) -> bool:
+        caplog.clear()
+        init = make_init(SamMixSystem.of(config), make_optimiser(config.train, 10), config)
+        train_module._tell_of_frozen_noise(jax.eval_shape(init).frozen, sam_weights)
+        return "--config.model.sam_weights=FILE" in caplog.text
+
+    assert not told("")  # it is trained
+    config.train.trainable = default_config().train.trainable
+    assert told("") and not told("sam.safetensors")
+
+
 def test_the_papers_mode_trains_lora_decoder_prompts_and_classifier(config):
     """SAM's encoder and its constant position table stay, as `train.trainable` has it."""
     config.train.trainable = default_config().train.trainable

@@ -55,7 +55,8 @@ def export(
       output: a new folder.
       dataset_id: nnU-Net's number of the data set, 1 to 999.
       negatives: how many training slices that do not show the organ are added as empty masks; None
-        adds one to each labelled slice, as far as there are: the share that the other systems see.
+        adds one to each labelled slice, as far as there are. The other systems draw theirs from all
+        such slices.
       roots: other folders of labelled scans to predict and score too.
 
     Raises:

@@ -5,7 +5,9 @@ Command   python -m sammix_jax.main --config=configs/baselines/nnunet.py --workd
               --config.data.root=DIR --workdir=DIR
 Data      the phantom of configs/quickstart.py; with :lits LiTS as configs/lits.py prepares it
 Model     strided and transposed convolutions, deep supervision; SGD 0.01 with Nesterov momentum
-          0.99, poly schedule, weight decay 3e-5, gradients clipped at 12. On the phantom narrow.
+          0.99, poly schedule, weight decay 3e-5, gradients clipped at 12; predictions are means
+          over four mirrorings. On the phantom narrow, for CPUs: 1.3 million parameters, where
+          nnU-Net's rule gives 20.6.
           Its Dice is of each slice, where nnU-Net's is of the whole batch
 Hardware  phantom: 2 CPU cores; LiTS: an accelerator; time not measured yet
 Expected  not measured yet; the paper states Dice 0.863 ± 0.034 on LiTS

@@ -3,7 +3,7 @@
 Command   python -m sammix_jax.main --config=configs/baselines/sam_mix_labelled_only.py \
               --workdir=DIR
           python -m sammix_jax.main --config=configs/baselines/sam_mix_labelled_only.py:lits \
-              --config.data.root=DIR --workdir=DIR
+              --config.data.root=DIR --config.model.sam_weights=FILE --workdir=DIR
 Data      the phantom of configs/quickstart.py; with :lits LiTS as configs/lits.py prepares it
 Model     SAM-Mix as in configs/quickstart.py or configs/lits.py. All slices that it sees show the
           organ, so its classifier says so of any

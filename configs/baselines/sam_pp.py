@@ -2,7 +2,7 @@
 
 Command   python -m sammix_jax.main --config=configs/baselines/sam_pp.py --workdir=DIR
           python -m sammix_jax.main --config=configs/baselines/sam_pp.py:lits \
-              --config.data.root=DIR --workdir=DIR
+              --config.data.root=DIR --config.model.sam_weights=FILE --workdir=DIR
 Data      the phantom of configs/quickstart.py; with :lits LiTS as configs/lits.py prepares it
 Model     SAM with its encoder frozen; prompt encoder and mask decoder learn from the labelled
           slices, on LiTS for 100 epochs of these: 5,000 steps at 50 slices, where the others take
@@ -25,7 +25,7 @@ def get_config(data="phantom"):
     config.train.batch_unlabelled = 0
     config.train.trainable = (r"sam/prompt_encoder/(?!position_encoding).*", r"sam/mask_decoder/.*")
     if data == "lits":
-        config.log.validate_every_steps = 500  # an epoch is 50 steps
+        config.log.validate_every_steps = 50  # an epoch of 50 slices: ten of the run's at 5
     if data == "phantom":
         config.train.trainable = (r"sam/(?!prompt_encoder/position_encoding).*",)
     return config

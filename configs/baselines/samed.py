@@ -2,7 +2,7 @@
 
 Command   python -m sammix_jax.main --config=configs/baselines/samed.py --workdir=DIR
           python -m sammix_jax.main --config=configs/baselines/samed.py:lits \
-              --config.data.root=DIR --workdir=DIR
+              --config.data.root=DIR --config.model.sam_weights=FILE --workdir=DIR
 Data      the phantom of configs/quickstart.py; with :lits LiTS as configs/lits.py prepares it
 Model     LoRA in the encoder; the mask decoder and the embedding of no mask learn whole. On the
           phantom mini SAM from random weights, trained whole

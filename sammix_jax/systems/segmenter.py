@@ -21,6 +21,8 @@ from sammix_jax.preprocess import to_rgb
 from sammix_jax.systems.masked import DROPOUT, keys_for, segmentation, view_masked
 from sammix_jax.systems.system import Microbatch, SlicePredictions, System
 
+MIRRORS = ((), (1,), (2,), (1, 2))  # axes of (B, H, W)
+
 
 class Segmenter(System):
     """A network that returns a `SegmenterOutput`."""
@@ -51,8 +53,12 @@ class Segmenter(System):
         return loss, (metrics | {"loss": loss}, updates.get("batch_stats", {}))
 
     def predict(self, variables, images, truth, protocols, gate) -> SlicePredictions:
-        logits = self.model.apply(variables, self._inputs(images)).logits
+        logits = self._predicted_logits(variables, images)
         return SlicePredictions(None, None, None, None, dict.fromkeys(protocols, logits))
+
+    def _predicted_logits(self, variables: dict, images: jax.Array) -> jax.Array:
+        """(B, H, W) → (B, H, W)."""
+        return self.model.apply(variables, self._inputs(images)).logits
 
     def _inputs(self, images: jax.Array) -> jax.Array:
         """(B, H, W) → (B, H, W, channels)."""
@@ -75,6 +81,13 @@ class NnUnetSystem(Segmenter):
     def of(cls, config) -> "NnUnetSystem":
         widths = tuple(config.model.widths) or nnunet_widths(config.data.size, config.data.size)
         return cls(NnUnet2d(widths, dtype=jnp.dtype(config.model.dtype)), config)
+
+    def _predicted_logits(self, variables: dict, images: jax.Array) -> jax.Array:
+        """Means over four mirrorings, as nnU-Net predicts: it has learned from mirrored slices."""
+        mirrored = jnp.concatenate([jnp.flip(images, axes) for axes in MIRRORS])  # (4 B, H, W)
+        logits = jnp.split(super()._predicted_logits(variables, mirrored), len(MIRRORS))
+        back = [jnp.flip(part, axes) for part, axes in zip(logits, MIRRORS, strict=True)]
+        return jnp.mean(jnp.stack(back), axis=0)
 
 
 class TransUNetSystem(Segmenter):
