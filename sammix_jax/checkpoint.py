@@ -88,13 +88,19 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._latest.latest_step()
 
-    def save_frozen(self, state: TrainState) -> None:
-        """Writes the frozen parameters, once for the whole run."""
+    def save_frozen(self, state: TrainState, anew: bool = False) -> None:
+        """Writes the frozen parameters, once for the whole run.
+
+        Args:
+          state: of the run.
+          anew: whether the run begins here. What lies there then is of a run that came to no
+            checkpoint, perhaps with other weights.
+        """
         folder = self._root / "frozen"
         # In a bucket a save that was cut off has its name already.
         written = folder.exists() and ocp.path.step.is_path_finalized(folder)
         hosts.wait_for_all("frozen parameters")  # all have looked before any writes
-        if state.frozen and not written:
+        if state.frozen and (anew or not written):
             with contextlib.closing(ocp.StandardCheckpointer()) as frozen:
                 frozen.save(folder, state.frozen, force=True)
 
@@ -237,15 +243,20 @@ class Checkpoints:
     def _set_aside(self, steps: list[int]) -> None:
         if not steps or self._read_only:
             return
-        if hosts.is_first():
-            (self._root / "damaged").mkdir(exist_ok=True)
+        damaged = self._root / "damaged"
+
+        def move() -> None:
+            damaged.mkdir(exist_ok=True)
+            # In a bucket a folder is there once something lies in it.
+            (damaged / "README").write_text("Checkpoints that could not be read, set aside.\n")
             for step in steps:
-                aside = self._root / "damaged" / str(step)
+                aside = damaged / str(step)
                 if aside.exists():
                     aside.rmtree()
                 (self._root / "latest" / str(step)).rename(aside)
                 _LOG.warning("set aside as %s; an earlier checkpoint is taken", aside)
-        hosts.wait_for_all("damaged checkpoints")
+
+        hosts.first_then_others(move, lambda: None)
         self._latest.reload()
 
     def _restore_frozen(self, like: TrainState) -> dict:

@@ -86,14 +86,14 @@ def first_then_others(first, others):
     """`first()` on the first process, then `others()` on the others, which find what it wrote.
 
     Raises:
-      UserError: what `first` raised; on the others, that it failed.
+      Exception: what `first` raised; on the others a UserError, that it failed.
     """
     any_process(False)  # opens the channel, for which the others would not wait long enough
     result, error = None, None
     if is_first():
         try:
             result = first()
-        except UserError as found:
+        except Exception as found:  # the others wait, whatever it is
             error = found
     if any_process(error is not None):
         raise error or UserError("the first process failed, and says why.")
@@ -107,12 +107,17 @@ def for_all(read, what: str) -> tuple[object, str]:
       read: may raise a UserError.
       what: it is about, for the message.
     """
-    found, fault = None, ""
+    found, fault, bug = None, "", None
     try:
         found = read()
     except UserError as error:
         fault = str(error)
-    if any_process(bool(fault)):
+    except Exception as error:  # the others wait, whatever it is
+        bug = error
+    failed = any_process(bool(fault) or bug is not None)
+    if bug is not None:
+        raise bug
+    if failed:
         return None, fault or f"{what}: failed in another process, which says why."
     return found, ""
 
@@ -132,7 +137,14 @@ def to_host(tree):
 
 
 class Termination:
-    """Notices SIGTERM, which schedulers send before they take a machine away; a context manager."""
+    """Notices SIGTERM, which schedulers send before they take a machine away; a context manager.
+
+    Args:
+      start: the step that the run begins or goes on from.
+    """
+
+    def __init__(self, start: int):
+        self._start = start
 
     def __enter__(self):
         self._asked = False
@@ -142,6 +154,14 @@ class Termination:
         self._handles = self._alone and threading.current_thread() is threading.main_thread()
         if self._handles:
             self._before = signal.signal(signal.SIGTERM, self._ask)
+        if not self._alone and self._start > 0:
+            # JAX has all stop at the step after the highest that any has told it of. Of a signal
+            # that came before, while the state was read, that is 1: a step of long ago. Asked
+            # twice, for it may come to another process between.
+            for step in (1, 2):
+                here = multihost_utils.reached_preemption_sync_point(step)
+                self._asked = any_process(here) or self._asked
+            multihost_utils.reached_preemption_sync_point(self._start)
         return self
 
     def __exit__(self, *_):
@@ -153,11 +173,19 @@ class Termination:
 
     def asked(self, step: int) -> bool:
         """Whether to stop after `step`; all processes must ask, once a step, and get one answer."""
-        return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        if self._alone or self._asked:
+            return self._asked
+        return multihost_utils.reached_preemption_sync_point(step)
 
     def asked_alone(self) -> bool:
         """Whether a run of one process was asked; of several, no process may stop on its own."""
-        return self._asked
+        return self._alone and self._asked
+
+
+def let_sigterm_end() -> None:
+    """Once no state is left to save: of several processes JAX's handler would go on for ever."""
+    if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Terminated(Exception):

@@ -15,7 +15,7 @@ from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
 from sammix_jax.preprocess import scale_slices
-from sammix_jax.sharding import along_batch, make_mesh, state_sharding
+from sammix_jax.sharding import along_batch, filled_batch, make_mesh, state_sharding
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import SlicePredictions, System
 from sammix_jax.train_step import make_init
@@ -54,15 +54,19 @@ def predict_slices(
       variables: the model's parameters and batch statistics.
       hu: (N, H, W) int16.
       truth: (N, H, W) bool for `ORACLES` among the protocols, else None.
-      batch: slices at a time.
+      batch: slices at a time; more where that leaves devices without.
     """
     sharding = jax.tree.leaves(variables)[0].sharding
     if isinstance(sharding, NamedSharding):
+        batch = filled_batch(sharding.mesh, batch)
         sharding = along_batch(sharding.mesh, batch)
 
     def place(array: np.ndarray) -> jax.Array:
         filled = np.pad(array, [(0, batch - len(array)), (0, 0), (0, 0)])
-        return jax.device_put(filled, sharding)
+        if not isinstance(sharding, NamedSharding):
+            return jax.device_put(filled, sharding)
+        # Of several processes `device_put` would compare what each of them gives.
+        return jax.make_array_from_callback(filled.shape, sharding, lambda at: filled[at])
 
     parts = []
     for start in range(0, len(hu), batch):

@@ -75,13 +75,17 @@ def run_steps(
         listed = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         _LOG.info("step %d of %d: validation %s", step, steps, listed)
 
+    def save(step: int) -> None:
+        with timer.part("checkpoint"):
+            checkpoints.save(state, step)
+
     # A run that was stopped at such a step saved it, and had no time to validate.
     validated = {step for step, name, _ in read_log(workdir) if name.startswith("val/")}
     owed = start and start % config.log.validate_every_steps == 0 and start not in validated
     quiet = hosts.hides_progress()
     with (
         TrainLog(workdir, start) as log,
-        hosts.Termination() as termination,
+        hosts.Termination(start) as termination,
         Profile(workdir, *config.log.profile) as profile,
         contextlib.closing(prefetch(batch_of, start, steps)) as ahead,
         tqdm(initial=start, total=steps, desc="train", unit="step", disable=quiet) as bar,
@@ -117,17 +121,20 @@ def run_steps(
                 values |= timer.report() | memory()
                 log.write(done, {f"train/{name}": value for name, value in values.items()})
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
+            # Before validation, which takes long: a run that is stopped in it goes on from here,
+            # and validates then. What has its last state saved is whole, and validates no more.
+            if saves and done < steps:
+                save(done)
             if validates:
                 try:
                     validate_at(done, lambda: termination.asked_alone() and more)  # noqa: B023
                 except hosts.Terminated:
-                    stop = saves = True
-            # After validation: a run that is killed in it validates again.
-            if saves:
+                    stop = True
+            if stop or done == steps:
+                save(done)
+            if stop or config.checkpoint.every_steps == 1:
                 with timer.part("checkpoint"):
-                    checkpoints.save(state, done)
-                    if stop or config.checkpoint.every_steps == 1:
-                        checkpoints.wait()
+                    checkpoints.wait()
             if stop:
                 raise hosts.Terminated(f"stopped after step {done} of {steps}, which is saved")
     return state

@@ -205,6 +205,7 @@ def _prepare(config, workdir: Path) -> SliceStore:
 def _train(config, workdir: Path) -> None:
     store = _prepare(config, workdir)
     trained = train.train(config, workdir, store)
+    hosts.let_sigterm_end()
     found = None if trained else results.saved_results(config, workdir)
     if found is None:
         _evaluate(config, workdir)

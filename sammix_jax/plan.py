@@ -19,7 +19,14 @@ from sammix_jax.errors import UserError
 from sammix_jax.flops import count_flops
 from sammix_jax.inference import make_predict
 from sammix_jax.optim import make_optimiser
-from sammix_jax.sharding import along_batch, batch_layout, make_mesh, rows_sharding, state_sharding
+from sammix_jax.sharding import (
+    along_batch,
+    batch_layout,
+    filled_batch,
+    make_mesh,
+    rows_sharding,
+    state_sharding,
+)
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES
 from sammix_jax.train_step import jit_train_step, make_init
@@ -142,7 +149,7 @@ def plan_predict(config, target: Target) -> StepPlan:
     """Compiles the predict step; see `plan`."""
     mesh = make_mesh(config.mesh.fsdp, target.devices)
     system, state, _ = _state(config, mesh)
-    count, side = config.evaluate.batch, config.data.size
+    count, side = filled_batch(mesh, config.evaluate.batch), config.data.size
     placed = along_batch(mesh, count)
     hu = jax.ShapeDtypeStruct((count, side, side), np.int16, sharding=placed)
     truth = None

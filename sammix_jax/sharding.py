@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sammix_jax.errors import UserError
@@ -39,9 +40,11 @@ def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
             f"mesh.fsdp={fsdp}: does not divide the {count} devices; choose one of "
             f"{', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}."
         )
-    return jax.make_mesh(
-        (count // fsdp, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices
+    # Along a torus of chips too, whose axes `jax.make_mesh` would not divide.
+    arranged = mesh_utils.create_device_mesh(
+        (count // fsdp, fsdp), devices, allow_split_physical_axes=True
     )
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -184,6 +187,11 @@ def batch_layout(train, mesh: Mesh) -> BatchLayout:
 def along_batch(mesh: Mesh, size: int) -> NamedSharding:
     """The leading axis over all devices; a batch they do not divide is replicated."""
     return replicated(mesh) if size % mesh.size else NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def filled_batch(mesh: Mesh, size: int) -> int:
+    """`size`, or the next larger number that all devices share alike."""
+    return math.ceil(size / mesh.size) * mesh.size
 
 
 def rows_sharding(layout: BatchLayout, mesh: Mesh) -> NamedSharding:

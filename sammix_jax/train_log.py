@@ -1,6 +1,7 @@
 """What a run reports while it trains: TensorBoard curves and the same numbers as CSV."""
 
 import csv
+import logging
 import pathlib
 import tempfile
 import time
@@ -10,6 +11,9 @@ from tensorboardX import SummaryWriter
 from sammix_jax import hosts
 from sammix_jax.data.files import local_copy, whole_file
 from sammix_jax.data.paths import as_path, is_remote
+from sammix_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
 COLUMNS = ("step", "metric", "value")
@@ -21,7 +25,8 @@ class TrainLog:
     """Appends to WORKDIR/metrics.csv and WORKDIR/tensorboard; a context manager.
 
     For a workdir in an object store both are written on this machine, and copied there every few
-    seconds and at the end. Of several processes the first one's are kept.
+    seconds and at the end; a copy that fails is told, and the next one holds all of it. Of several
+    processes the first one's are kept.
 
     Args:
       workdir: the run's folder.
@@ -68,8 +73,11 @@ class TrainLog:
         for path in self._folder.rglob("*"):
             if path.is_file():
                 target = self._workdir / path.relative_to(self._folder)
-                with whole_file(target) as partial:
-                    partial.write_bytes(path.read_bytes())
+                try:
+                    with whole_file(target) as partial:
+                        partial.write_bytes(path.read_bytes())
+                except UserError as error:  # no reason to end a run
+                    _LOG.warning("%s", error)
         self._uploaded = time.monotonic()
 
 

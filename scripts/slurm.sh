@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of several Slurm nodes, from the repository's root:
 #
-#   sbatch --nodes=2 scripts/slurm.sh --config=configs/lits.py --config.data.root=DIR --workdir=DIR
+#   sbatch --nodes=2 scripts/slurm.sh --config=configs/lits.py --config.data.root=DIR --workdir=DIR \
+#     --config.train.batch_labelled=8 --config.train.batch_unlabelled=8
 #
 # What follows the script's name is the program's. PYTHON names another interpreter than .venv's;
 # DRY_RUN=1 prints the srun command and runs nothing. DIR must be on a file system that all nodes see.
@@ -23,7 +24,9 @@ set -euo pipefail
 
 # A task that fails must not make srun end the others by SIGTERM: they would exit with 143, and the
 # failure would be requeued for ever. JAX ends them, since one of their number is gone.
-run=(srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" -m sammix_jax.main "$@")
+# And srun does not take the number of cores over from sbatch.
+run=(srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}"
+  "${PYTHON:-.venv/bin/python}" -m sammix_jax.main "$@")
 
 if [[ ${DRY_RUN:-0} == 1 ]]; then
   printf '%q ' "${run[@]}"

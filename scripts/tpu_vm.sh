@@ -2,7 +2,8 @@
 # Trains on a Cloud TPU slice of any size and deletes it at the end, from the repository's root:
 #
 #   scripts/tpu_vm.sh --project=P --zone=Z -- \
-#     --config=configs/lits.py --config.data.root=gs://B/lits --workdir=gs://B/runs/lits
+#     --config=configs/lits.py --config.data.root=gs://B/lits --workdir=gs://B/runs/lits \
+#     --config.train.batch_labelled=16 --config.train.batch_unlabelled=16
 #
 # What follows -- is the program's. Options:
 #   --name=sammix  --accelerator=v5litepod-16  --runtime=v2-alpha-tpuv5-lite
@@ -118,11 +119,12 @@ train() {
   wait $!
 }
 
-# SIGTERM, and time for the save. The brackets keep the pattern from finding its own shell.
+# SIGTERM, and time for the save; then the copies of scans go that a killed program left. The brackets keep the pattern from finding its own shell.
 stop_program() {
   on_workers "pkill -TERM -f '[s]ammix_jax.main'
-for _ in \$(seq 120); do pgrep -f '[s]ammix_jax.main' > /dev/null || exit 0; sleep 1; done
-pkill -KILL -f '[s]ammix_jax.main'"
+for _ in \$(seq 120); do pgrep -f '[s]ammix_jax.main' > /dev/null || break; sleep 1; done
+pkill -KILL -f '[s]ammix_jax.main'
+rm -rf /tmp/sammix-*"
 }
 
 finish() {

@@ -83,6 +83,7 @@ def test_a_damaged_newest_is_told_and_the_one_before_is_taken(saved, caplog, dam
     jax.tree.map(np.testing.assert_array_equal, restored(saved), state_at(1))
     assert "latest/2: " in caplog.text and "set aside" in caplog.text
     assert (saved / "checkpoints" / "damaged" / "2").is_dir()
+    assert (saved / "checkpoints" / "damaged" / "README").is_file()  # a bucket's folder
     with Checkpoints(saved) as checkpoints:
         checkpoints.save(state_at(2), 2)
     jax.tree.map(np.testing.assert_array_equal, restored(saved), state_at(2))
@@ -189,6 +190,18 @@ def test_frozen_parameters_that_were_cut_off_in_a_bucket_are_written_again(tmp_p
         checkpoints.save_frozen(state_at(1))
         checkpoints.save(state_at(1), 1)
     assert restored(tmp_path).frozen["sam/b"].tolist() == [7.0] * 3
+
+
+def test_a_run_that_begins_anew_leaves_no_frozen_parameters_of_another_start(tmp_path):
+    first, second = state_at(1), state_at(1)
+    second = second.replace(frozen={"sam/b": second.frozen["sam/b"] + 1})
+    for state, anew, kept in ((first, True, 7), (second, True, 8), (first, False, 8)):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save_frozen(state, anew)
+            if not anew:
+                checkpoints.save(state, 1)
+            frozen = checkpoints._restore_frozen(like(state))
+        assert frozen["sam/b"].tolist() == [kept] * 3
 
 
 def test_checksums_see_every_bit_and_no_order():

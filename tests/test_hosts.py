@@ -1,6 +1,7 @@
 """Processes find one another, write once, and stop together."""
 
 import re
+import signal
 
 import pytest
 from processes import finish, start_several
@@ -95,12 +96,19 @@ def write(me):
     open(folder + "/log", "a").write(f"{me} ")
     return me
 made = hosts.first_then_others(lambda: write(me), lambda: write(10 * me))
-def fails():
-    raise UserError("no scans")
+def fails(error):
+    raise error
+for error in (UserError("no scans"), OSError("no bucket")):
+    try:
+        hosts.first_then_others(lambda: fails(error), lambda: print("never"))
+    except Exception as error:
+        print("process", me, "is told:", error)
+def read():
+    return fails(OSError("one of two")) if me else 1
 try:
-    hosts.first_then_others(fails, lambda: print("never"))
-except UserError as error:
-    print("process", me, "is told:", error)
+    print("process", me, "found", hosts.for_all(read, "a scan"))
+except OSError as error:
+    print("process", me, "raises", error)
 write_json(folder + "/one.json", me)
 mesh, layout = make_mesh(), BatchLayout(4, 8, 4)
 read = []
@@ -113,7 +121,7 @@ batch = place_batch(batches, 0, layout, mesh)
 whole = hosts.to_host(batch)
 assert whole["image_label"].tolist() == layout.order.tolist(), whole
 assert whole["mask"][:, 0, 0].tolist() == [0, 1, 2, 3]
-with hosts.Termination() as termination:
+with hosts.Termination(0) as termination:
     print("process", me, "made", made, "read", sorted(read), "stops", termination.asked(1))
     if me == 1:  # only one machine is told
         os.kill(os.getpid(), signal.SIGTERM)
@@ -139,8 +147,55 @@ def test_two_processes_share_a_batch_and_write_once(tmp_path):
     stopped = dict(re.findall(r"process (\d) was asked to stop after step (\d+)", output))
     assert stopped.keys() == {"0", "1"} and stopped["0"] == stopped["1"], output
     assert "process 0 bar None" in output and "process 1 bar True" in output
-    assert "process 0 is told: no scans" in output
-    assert "process 1 is told: the first process failed" in output and "never" not in output
+    assert "process 0 is told: no scans" in output and "process 0 is told: no bucket" in output
+    assert output.count("process 1 is told: the first process failed") == 2
+    assert "never" not in output
+    assert "process 0 found (None, 'a scan: failed in another process" in output
+    assert "process 1 raises one of two" in output
     assert (tmp_path / "log").read_text() == "0 10 "
     assert (tmp_path / "one.json").read_text() == "0"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+RESUMED = """
+import os, signal, sys, time
+import jax
+from sammix_jax import hosts
+hosts.join()
+hosts.any_process(False)
+me, when = jax.process_index(), sys.argv[1]
+def told(moment):
+    if moment == when:
+        if me == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)  # the notice travels
+told("before")
+with hosts.Termination(5000) as termination:
+    told("within")
+    for step in range(5001, 5600):
+        if termination.asked(step):
+            print("process", me, "was asked to stop after step", step, flush=True)
+            break
+        time.sleep(0.1)
+hosts.wait_for_all("saved")
+hosts.let_sigterm_end()
+hosts.wait_for_all("end")
+print("process", me, "evaluates", flush=True)
+if me == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_resumed_run_of_two_is_stopped_by_a_signal_before_its_first_step(tmp_path, when):
+    (tmp_path / "run.py").write_text(RESUMED)
+    pair = start_several([tmp_path / "run.py", when], 2, devices=1)
+    other = pair[1].communicate(timeout=120)[0]
+    pair[0].kill()  # it would wait for the other, to end together
+    output = pair[0].communicate()[0]
+    stopped = re.findall(r"was asked to stop after step (\d+)", output + other)
+    assert len(stopped) == 2 and stopped[0] == stopped[1], output + other
+    assert int(stopped[0]) < 5100
+    # With no state left to save the signal ends the process at once.
+    assert "process 1 evaluates" in other and pair[1].returncode == -signal.SIGTERM

@@ -276,6 +276,17 @@ def test_curves(monkeypatch):
     assert events and all(path.read_bytes() for path in events)
 
 
+def test_a_log_that_cannot_be_copied_ends_no_run(monkeypatch, caplog):
+    monkeypatch.setattr(train_log, "SECONDS_BETWEEN_UPLOADS", -1)
+    with TrainLog("gs://bucket/run", 0) as log:
+        ObjectStore.full.add("bucket/run/metrics.csv")
+        log.write(1, {"train/loss": 0.5})
+        assert "gs://bucket/run/metrics.csv: could not be written" in caplog.text
+        ObjectStore.full.clear()
+        log.write(2, {"train/loss": 0.25})
+    assert read_log("gs://bucket/run") == [(1, "train/loss", 0.5), (2, "train/loss", 0.25)]
+
+
 def test_what_is_wrong_is_named_as_the_user_wrote_it(config, lits, tmp_path):
     with pytest.raises(UserError, match=r"^data\.root=gs://bucket/none: no such folder"):
         prepared(config, "gs://bucket/none", tmp_path / "run")

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+from sammix_jax import hosts
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.hdf5 import is_hdf5
 from sammix_jax.data.paths import Path, as_path
@@ -174,8 +175,10 @@ def keep(split: Split, labels: list[SliceId], store: SliceStore, workdir) -> Non
     # The canonical slice index, which still holds for a store of other slices.
     slices = [{"scan": s.scan, "slice": store.records[s.scan].slices[s.position]} for s in labels]
     write_json(workdir / LABELS, slices)
-    if (workdir / IMAGES).exists():
-        return  # what the run was begun on, whatever was added since
+    # What the run was begun on stays, whatever was added since. To know the images each is read,
+    # which the process alone does that writes.
+    if not hosts.is_first() or (workdir / IMAGES).exists():
+        return
     write_json(workdir / SCANS, _digests(store))
     images = {
         name: {"file": record.image, "digest": _image_digest(store, name)}
