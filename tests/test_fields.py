@@ -100,7 +100,7 @@ TESTED = {
     "test_preprocess.py": {
         "test_the_configs_window_becomes_the_unit_range": ("input.window", "input.scaling"),
     },
-    "test_sam_mix.py": {
+    "test_sam_mix_fields.py": {
         "test_both_branches_see_the_normalised_slice": ("input.normalise",),
         "test_sam_and_its_input_size": ("model.sam", "model.image_size"),
         "test_lora_adds_two_factors_to_each_projection_named": (

@@ -16,7 +16,13 @@ from sammix_jax.flops import count_flops
 from sammix_jax.models.remat import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, count_collectives, find_target
 from sammix_jax.sam_mix import sam_mix
+from sammix_jax.sharding import make_mesh
 from sammix_jax.systems.sam_mix import SamMixSystem
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="no compiler for TPUs here; make test-tpu has one",
+)
 
 
 def test_products_and_convolutions_are_counted():
@@ -116,10 +122,7 @@ def test_the_real_steps_are_planned_for_the_devices_at_hand(tiny):
     assert "DOES NOT FIT" in plan.plan_table(plans, small)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="no compiler for TPUs here; make test-tpu has one",
-)
+@needs_libtpu
 def test_the_mini_step_compiles_for_a_tpu_without_one(tiny):
     tiny.train.batch_labelled = tiny.train.batch_unlabelled = 4
     tiny.mesh.fsdp = 2
@@ -132,6 +135,14 @@ def test_the_mini_step_compiles_for_a_tpu_without_one(tiny):
     assert plans[0].collectives["all-reduce"] > 0 and plans[0].collectives["all-gather"] > 0
     with pytest.raises(UserError, match=r"v5e:3x5: cannot be compiled for"):
         find_target("v5e:3x5")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("fsdp", [1, 2, 8, 16])
+def test_a_mesh_of_tpus_may_divide_their_torus(fsdp):
+    mesh = make_mesh(fsdp, find_target("v6e:4x4").devices)
+    assert dict(mesh.shape) == {"data": 16 // fsdp, "fsdp": fsdp}
+    assert len(set(mesh.devices.flat)) == 16
 
 
 def test_what_an_exhausted_compiler_says_is_taken():

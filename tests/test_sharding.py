@@ -14,7 +14,14 @@ from toy import Toy, toy_state
 from sammix_jax.config_rules import check_config
 from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser
-from sammix_jax.sharding import BatchLayout, batch_layout, divided, make_mesh, place_batch
+from sammix_jax.sharding import (
+    BatchLayout,
+    batch_layout,
+    divided,
+    filled_batch,
+    make_mesh,
+    place_batch,
+)
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train_step import make_train_step
 
@@ -156,6 +163,11 @@ def test_large_leaves_are_divided_along_their_longest_axis():
         assert spec(1024, 250) == PartitionSpec("fsdp")
         assert spec(251, 253) == PartitionSpec()  # nothing to divide
         assert spec(64) == PartitionSpec()  # small
+
+
+def test_a_batch_of_slices_to_predict_is_filled_up_for_all_devices():
+    mesh = types.SimpleNamespace(size=8)
+    assert [filled_batch(mesh, size) for size in (1, 8, 9, 32)] == [8, 8, 16, 32]
 
 
 def test_refusals(config, caplog):
