@@ -88,19 +88,17 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._latest.latest_step()
 
-    def save_frozen(self, state: TrainState, anew: bool = False) -> None:
+    def save_frozen(self, state: TrainState) -> None:
         """Writes the frozen parameters, once for the whole run.
 
-        Args:
-          state: of the run.
-          anew: whether the run begins here. What lies there then is of a run that came to no
-            checkpoint, perhaps with other weights.
+        What lies there before the first checkpoint is of a start that came to none, perhaps from
+        other weights.
         """
         folder = self._root / "frozen"
         # In a bucket a save that was cut off has its name already.
         written = folder.exists() and ocp.path.step.is_path_finalized(folder)
         hosts.wait_for_all("frozen parameters")  # all have looked before any writes
-        if state.frozen and (anew or not written):
+        if state.frozen and not (written and self.latest_step is not None):
             with contextlib.closing(ocp.StandardCheckpointer()) as frozen:
                 frozen.save(folder, state.frozen, force=True)
 

@@ -63,8 +63,6 @@ def predict_slices(
 
     def place(array: np.ndarray) -> jax.Array:
         filled = np.pad(array, [(0, batch - len(array)), (0, 0), (0, 0)])
-        if not isinstance(sharding, NamedSharding):
-            return jax.device_put(filled, sharding)
         # Of several processes `device_put` would compare what each of them gives.
         return jax.make_array_from_callback(filled.shape, sharding, lambda at: filled[at])
 

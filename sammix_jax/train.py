@@ -87,7 +87,7 @@ def train(config, workdir, store: SliceStore) -> bool:
             # The files may be others later.
             write_json(as_path(workdir) / BEGUN_FROM, digests(config))
         checkpoints.save_config(config)
-        checkpoints.save_frozen(state, anew=begins)
+        checkpoints.save_frozen(state)
         start = int(state.step)
         _LOG.info(
             "training from step %d to %d: %d labelled slices, %d without a mask, "

@@ -195,10 +195,10 @@ def test_frozen_parameters_that_were_cut_off_in_a_bucket_are_written_again(tmp_p
 def test_a_run_that_begins_anew_leaves_no_frozen_parameters_of_another_start(tmp_path):
     first, second = state_at(1), state_at(1)
     second = second.replace(frozen={"sam/b": second.frozen["sam/b"] + 1})
-    for state, anew, kept in ((first, True, 7), (second, True, 8), (first, False, 8)):
+    for state, saves, kept in ((first, False, 7), (second, True, 8), (first, False, 8)):
         with Checkpoints(tmp_path) as checkpoints:
-            checkpoints.save_frozen(state, anew)
-            if not anew:
+            checkpoints.save_frozen(state)
+            if saves:
                 checkpoints.save(state, 1)
             frozen = checkpoints._restore_frozen(like(state))
         assert frozen["sam/b"].tolist() == [kept] * 3
