@@ -174,6 +174,16 @@ def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
             "Where the data was moved, tell the store: --mode=prepare --config=… "
             f"--config.data.root=DIR --workdir={workdir}, with the config of the run."
         )
+    partly = [name for name in names if records[name].unannotated]
+    faults = [
+        f"{records[name].label}: annotated in part, so it cannot be scored; annotate it throughout."
+        for name in partly
+    ]
+    if len(partly) == len(names):
+        raise UserError(
+            f"evaluate.part={config.evaluate.part}: every scan is annotated in part, so none can "
+            f"be scored; choose another part.{_listed(faults)}"
+        )
     scans = [
         datasets.Scan(
             name,
@@ -182,8 +192,9 @@ def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
             records[name].label_values,
         )
         for name in names
+        if name not in partly
     ]
-    return scans, []
+    return scans, faults
 
 
 def _other_scans(config) -> tuple[list[datasets.Scan], list[str]]:

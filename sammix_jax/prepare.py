@@ -84,6 +84,14 @@ def prepare(config, workdir) -> SliceStore:
         _listed(unlabelled),
         store,
     )
+    if partly := [r.name for r in records if r.unannotated]:
+        count = sum(len(r.unannotated) for r in records)
+        _LOG.info(
+            "annotated in part: %d scans%s, whose %d slices with voxels to ignore lend no mask",
+            len(partly),
+            _listed(partly),
+            count,
+        )
     without = [r.name for r in records if r.has_label and not any(r.organ_pixels)]
     if without:
         _LOG.warning("masks without any %s: %d scans%s", data.organ, len(without), _listed(without))
@@ -160,9 +168,11 @@ def _finished(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord | No
 def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
     volume = volumes.read_volume(scan.image)
     depth = volume.hu.shape[0]
-    mask, organ_pixels = None, ()
+    mask, organ_pixels, annotated = None, (), np.ones(depth, bool)
     if scan.label:
-        mask = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
+        mask, annotated = volumes.read_annotation(
+            scan.label, volume, scan.label_values, scan.known_values, scan.ignore_value
+        )
         organ_pixels = volumes.organ_pixels(scan.label, mask)
     fraction, slice_range = params["central_fraction"], params["slice_range"]
     kept = range(depth) if volume.already_cut else kept_slices(depth, fraction, slice_range)
@@ -187,6 +197,7 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
         slices=tuple(kept),
         # Counted before resizing: a small organ must not vanish from the image-level label.
         organ_pixels=() if mask is None else tuple(int(organ_pixels[z]) for z in kept),
+        unannotated=tuple(i for i, z in enumerate(kept) if not annotated[z]),
     )
     arrays = {"hu.npy": np.stack([geometry.image_to_square(volume.hu[z]) for z in kept])}
     if mask is not None:
@@ -279,4 +290,4 @@ def _fingerprint(scan: datasets.Scan, params: dict) -> str:
         files = [version(path) for path in (scan.image, scan.label) if path]
     except OSError as error:
         raise UserError(f"{scan.image}: cannot be read ({error}); a broken link?") from error
-    return json.dumps([VERSION, files, scan.label_values, params])
+    return json.dumps([VERSION, files, scan.label_values, scan.ignore_value, params])

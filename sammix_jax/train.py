@@ -142,13 +142,19 @@ def train(config, workdir, store: SliceStore) -> bool:
 def slices_without_masks(
     config, store: SliceStore, split: Split, labelled: list[SliceId]
 ) -> tuple[SliceId, ...]:
-    """All other slices of the training patients; where there is a teacher, whose lessons need no
-    label of any kind, those of unlabelled scans too."""
-    scans = split.train
-    if config.consistency.weight > 0:
+    """All other slices of the training patients of which it is known whether they show the organ;
+    where there is a teacher, whose lessons need no label of any kind, also those of which it is
+    not, and those of unlabelled scans."""
+    scans, taught = split.train, config.consistency.weight > 0
+    if taught:
         scans += tuple(name for name, record in store.records.items() if not record.has_label)
     taken = set(labelled)
-    return tuple(s for scan in scans for s in store.slices(scan) if s not in taken)
+    return tuple(
+        s
+        for scan in scans
+        for s in store.slices(scan)
+        if s not in taken and (taught or store.image_label(s) >= 0)
+    )
 
 
 def _tell_of_frozen_noise(frozen: dict, sam_weights: str) -> None:

@@ -37,8 +37,8 @@ class Batches:
             raise UserError(f"train.batch_labelled={self.sizes[0]}: expected at least 1.")
         if self.sizes[1] and not self.unlabelled:
             raise UserError(
-                f"train.batch_unlabelled={self.sizes[1]}, but the label file holds every training "
-                "slice; set it to 0."
+                f"train.batch_unlabelled={self.sizes[1]}, but no training slice is left that gives "
+                "an image-level label and lends no mask; set it to 0."
             )
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:

@@ -37,6 +37,7 @@ class Scan:
       image, label: files; no label for an unlabelled scan.
       label_values: the values in the label file that count as the organ.
       known_values: all values that the layout allows there; () where nothing says so.
+      ignore_value: of voxels that nobody annotated; None where the layout has no such value.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Scan:
     label: Path | None
     label_values: tuple[int, ...] = (1,)
     known_values: tuple[int, ...] = ()
+    ignore_value: int | None = None
 
 
 def find_scans(
@@ -118,7 +120,7 @@ def _find_decathlon(root: Path, organ: str) -> list[Scan]:
     images = _by_name((root / "imagesTr").iterdir(), _case_name)
     labels = _by_name((root / "labelsTr").glob("*"), str)
     unlabelled = _by_name((root / "imagesTs").glob("*"), _case_name)
-    values, known = _decathlon_values(root, organ.lower()) if labels else ((1,), ())
+    values, known, ignore = _decathlon_values(root, organ.lower()) if labels else ((1,), (), None)
     _refuse_orphans(images, labels, "imagesTr/{}.nii.gz")
     repeated = sorted(set(images) & set(unlabelled))
     if repeated:
@@ -126,7 +128,7 @@ def _find_decathlon(root: Path, organ: str) -> list[Scan]:
             f"{root}: {repeated[:5]} stand in imagesTr and in imagesTs; keep each scan once, or a "
             "test scan trains the model."
         )
-    scans = [Scan(key, images[key], labels.get(key), values, known) for key in images]
+    scans = [Scan(key, images[key], labels.get(key), values, known, ignore) for key in images]
     return scans + [Scan(key, path, None, values) for key, path in unlabelled.items()]
 
 
@@ -137,8 +139,11 @@ def _case_name(name: str) -> str:
     return name.removesuffix("_0000")
 
 
-def _decathlon_values(root: Path, organ: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The organ's label values and all values, by dataset.json in either form."""
+def _decathlon_values(
+    root: Path, organ: str
+) -> tuple[tuple[int, ...], tuple[int, ...], int | None]:
+    """By dataset.json in either form: the organ's label values, all values but that of voxels to
+    ignore, and the latter."""
     path = root / "dataset.json"
     if not path.exists():
         raise UserError(
@@ -160,11 +165,14 @@ def _decathlon_values(root: Path, organ: str) -> tuple[tuple[int, ...], tuple[in
     if organ not in values:
         known = sorted(set(values) - {"background", "ignore"})
         raise UserError(f"data.organ={organ}: {path} names {known}; choose one of these.")
-    # What nobody annotated is neither the organ nor its absence: a mask that holds it is refused.
-    values.pop("ignore", None)
+    # What nobody annotated is neither the organ nor its absence.
+    ignore = values.pop("ignore", (None,))
+    if len(ignore) != 1:
+        raise UserError(f"{path}: its 'ignore' is {list(ignore)}, expected one whole number.")
     lesions = tuple(n for name in sorted(LESION_NAMES & set(values)) for n in values[name])
     wanted = tuple(sorted({*values[organ], *(lesions if organ == "liver" else ())}))
-    return wanted, tuple(sorted({0, *(n for numbers in values.values() for n in numbers)}))
+    known = tuple(sorted({0, *(n for numbers in values.values() for n in numbers)}))
+    return wanted, known, ignore[0]
 
 
 def _find_totalsegmentator(root: Path, organ: str) -> list[Scan]:

@@ -33,6 +33,7 @@ class ScanRecord:
       geometry: from the volume's slices to the store's.
       slices: index of each stored slice in the canonical volume.
       organ_pixels: organ pixels of each stored slice before resizing; empty if there is no label.
+      unannotated: positions of the stored slices of which a part, or all, is not annotated.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ScanRecord:
     geometry: SliceGeometry
     slices: tuple[int, ...]
     organ_pixels: tuple[int, ...]
+    unannotated: tuple[int, ...] = ()
 
     @property
     def has_label(self) -> bool:
@@ -106,14 +108,21 @@ class SliceStore:
     def image_label(self, slice_id: SliceId) -> int:
         """1 where the slice shows the organ, 0 where it does not, -1 where nobody knows."""
         record = self.records[slice_id.scan]
-        return int(record.organ_pixels[slice_id.position] > 0) if record.has_label else -1
+        if record.has_label and record.organ_pixels[slice_id.position] > 0:
+            return 1
+        return 0 if self.has_mask(slice_id) else -1
+
+    def has_mask(self, slice_id: SliceId) -> bool:
+        """Whether every pixel of the slice is annotated."""
+        record = self.records[slice_id.scan]
+        return record.has_label and slice_id.position not in record.unannotated
 
     def hu(self, slice_id: SliceId) -> np.ndarray:
         """(size, size) int16 HU."""
         return self._array(slice_id.scan, "hu.npy")[slice_id.position]
 
     def mask(self, slice_id: SliceId) -> np.ndarray:
-        """(size, size) uint8, 1 inside the organ; only for slices of labelled scans."""
+        """(size, size) uint8, 1 inside the organ; only for slices with `has_mask`."""
         return self._array(slice_id.scan, "mask.npy")[slice_id.position]
 
     def _load(self, scan: str, name: str) -> np.ndarray:

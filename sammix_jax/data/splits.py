@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Container
 
 import numpy as np
 
 from sammix_jax import hosts
+from sammix_jax.data.datasets import natural
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.hdf5 import is_hdf5
 from sammix_jax.data.paths import Path, as_path
@@ -47,7 +49,11 @@ class TrainingScans:
 
 
 def split_scans(
-    names: list[str], ratio: tuple[int, int, int], seed: int, patient: str = ""
+    names: list[str],
+    ratio: tuple[int, int, int],
+    seed: int,
+    patient: str = "",
+    partly: Container[str] = (),
 ) -> Split:
     """Draws a split of the labelled scans, patient by patient.
 
@@ -58,6 +64,8 @@ def split_scans(
         its ratio is 0.
       seed: of the draw.
       patient: `data.patient`.
+      partly: scans that are annotated in part. They cannot be scored, so their patients always
+        train, and the ratio divides the others.
 
     Raises:
       UserError: fewer patients than parts, a ratio without training scans, or a scan in whose name
@@ -69,22 +77,25 @@ def split_scans(
     ratio = tuple(ratio)
     if len(ratio) != 3 or min(ratio) < 0 or ratio[0] < 1:
         raise UserError(f"data.split={ratio}: expected three parts (train, val, test), train > 0.")
-    wanted = sum(r > 0 for r in ratio)
-    count = len(patients)
+    training = [scans for scans in patients.values() if any(s in partly for s in scans)]
+    of_each = [scans for scans in patients.values() if scans not in training]
+    wanted = sum(r > 0 for r in (ratio[1:] if training else ratio))
+    count = len(of_each)
     if count < wanted:
+        throughout = " that are annotated throughout" if training else ""
         raise UserError(
-            f"data.split={ratio}: {count} labelled scans of different patients cannot fill "
-            f"{wanted} parts; add scans or set parts to 0, as in --config.data.split='(1, 0, 0)'."
+            f"data.split={ratio}: {count} labelled scans of different patients{throughout} cannot "
+            f"fill {wanted} parts; add scans or set parts to 0, as in "
+            "--config.data.split='(1, 0, 0)'."
         )
     val, test = (max(1, round(count * r / sum(ratio))) if r else 0 for r in ratio[1:])
     train = count - val - test
-    if train < 1:
+    if train < (0 if training else 1):
         raise UserError(
             f"data.split={ratio}: leaves no training scan of {count}; raise the first part."
         )
-    of_each = list(patients.values())
     shuffled = [of_each[i] for i in np.random.default_rng(seed).permutation(count)]
-    parts = (shuffled[:train], shuffled[train : train + val], shuffled[train + val :])
+    parts = (training + shuffled[:train], shuffled[train : train + val], shuffled[train + val :])
     return Split(*(tuple(name for scans in part for name in scans) for part in parts))
 
 
@@ -121,13 +132,13 @@ def draw_labelled_slices(
         s
         for scan in scans
         for s in store.slices(scan)
-        if store.image_label(s) == 1 and store.mask(s).any()
+        if store.image_label(s) == 1 and store.has_mask(s) and store.mask(s).any()
     ]
     if not positive or count > len(positive):
         raise UserError(
             f"data.labelled_slices={count}: the {len(scans)} training scans show "
-            f"data.organ={store.params['organ']} on {len(positive)} slices; ask for fewer or add "
-            "scans."
+            f"data.organ={store.params['organ']} on {len(positive)} slices with masks; ask for "
+            "fewer or add scans."
         )
     if count == 0:
         return positive
@@ -149,13 +160,16 @@ def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceI
         raise UserError(
             f"{store.root}: none of the {len(store.records)} scans has a mask; training needs some."
         )
+    partly = {r.name for r in store.records.values() if r.unannotated}
     _refuse_other_scans(store, workdir, taught=config.consistency.weight > 0)
     split_path = _first_file(workdir / SPLIT, config.data.split_file)
     if split_path:
         split = _read_split(split_path, set(labelled))
+        _refuse_partly_annotated(split, split_path, partly)
         _refuse_torn_patients(split, split_path, config.data.patient)
     else:
-        split = split_scans(labelled, config.data.split, config.data.seed, config.data.patient)
+        data = config.data
+        split = split_scans(labelled, data.split, data.seed, data.patient, partly)
     labels_path = _first_file(workdir / LABELS, config.data.labels_file)
     if labels_path:
         labels = _read_labels(labels_path, store, split)
@@ -295,6 +309,14 @@ def _read_split(path: Path, labelled: set[str]) -> Split:
     return Split(**{part: tuple(fields[part]) for part in PARTS})
 
 
+def _refuse_partly_annotated(split: Split, path: Path, partly: set[str]) -> None:
+    if held_out := sorted(partly & {*split.val, *split.test}, key=natural):
+        raise UserError(
+            f"{path}: {held_out[:5]} validate or test and are annotated in part, so nobody can "
+            "score them; annotate them throughout or let them train."
+        )
+
+
 def _refuse_torn_patients(split: Split, path: Path, pattern: str) -> None:
     parts: dict[str, str] = {}
     for part in PARTS:
@@ -322,6 +344,11 @@ def _read_labels(path: Path, store: SliceStore, split: Split) -> list[SliceId]:
         if index not in store.records[scan].slices:
             raise UserError(f"{path}: {scan} has no slice {index} in {store.root}.")
         labels.append(SliceId(scan, store.records[scan].slices.index(index)))
+        if not store.has_mask(labels[-1]):
+            raise UserError(
+                f"{path}: slice {index} of {scan} is not annotated throughout; annotate it or "
+                "leave it out."
+            )
     if not labels:
         raise UserError(f"{path}: names no slice; expected at least one labelled slice.")
     return labels

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import pathlib
 import zlib
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -80,6 +81,18 @@ class Volume:
     def has_spacing(self) -> bool:
         """Whether the file knows its spacing."""
         return not _lost_spacing(self.affine)
+
+
+class Annotation(NamedTuple):
+    """What a mask file tells of its scan.
+
+    Attributes:
+      organ: (D, H, W) bool, the voxels that are known to be the organ's.
+      annotated: (D,) bool, the slices of which every voxel is annotated.
+    """
+
+    organ: np.ndarray
+    annotated: np.ndarray
 
 
 def _lost_spacing(affine: np.ndarray) -> bool:
@@ -163,9 +176,25 @@ def read_mask(
     Raises:
       UserError: unreadable, labels that are no integers, or a grid or affine other than the scan's.
     """
+    return read_annotation(path, scan, label_values, known_values).organ
+
+
+def read_annotation(
+    path,
+    scan: Volume,
+    label_values: tuple[int, ...],
+    known_values: tuple[int, ...] = (),
+    ignore_value: int | None = None,
+) -> Annotation:
+    """Reads the mask that belongs to `scan`, of which parts may not be annotated.
+
+    Args, Raises: as `read_mask`, and
+      ignore_value: of the voxels that nobody annotated; None where there are none.
+    """
     path = as_path(path)
     if hdf5.is_hdf5(path):  # scan and mask share the file, which knows its labels
-        return hdf5.read_mask(path)
+        organ = hdf5.read_mask(path)
+        return Annotation(organ, np.ones(len(organ), bool))
     image, voxels = _read(path)
     shape = tuple(np.shape(voxels))
     expected = _file_shape(scan)
@@ -197,13 +226,20 @@ def read_mask(
                 f"{voxels.max()}), expected label values; was it resampled with interpolation?"
             )
         labels = labels.astype(np.int64)
-    if known_values and not (known := np.isin(labels, known_values)).all():
+    known = np.isin(labels, known_values) if known_values else np.ones(shape, bool)
+    ignored = np.zeros(shape, bool) if ignore_value is None else labels == ignore_value
+    known |= ignored
+    if not known.all():
         raise UserError(
             f"{path}: the mask holds the values {np.unique(labels[~known])[:5].tolist()}, expected "
             f"{known_values} with {label_values} for the organ; relabel the mask, which must be "
             "annotated throughout, or name the organ's values with label_values."
         )
-    return _canonical(np.isin(labels, label_values), scan.orientation)
+    organ = np.isin(labels, label_values)
+    return Annotation(
+        _canonical(organ, scan.orientation),
+        ~_canonical(ignored, scan.orientation).any(axis=(1, 2)),
+    )
 
 
 def organ_pixels(path, mask: np.ndarray) -> np.ndarray:

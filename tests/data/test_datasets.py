@@ -54,7 +54,7 @@ def test_what_nobody_annotated_is_no_label(tmp_path):
     labels = {"background": 0, "liver": 1, "ignore": 2}
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
     (scan,) = datasets.find_scans(tmp_path, "liver")
-    assert scan.known_values == (0, 1)  # so that a mask that holds it is refused
+    assert scan.known_values == (0, 1) and scan.ignore_value == 2
     with pytest.raises(UserError, match=r"names \['liver'\]"):
         datasets.find_scans(tmp_path, "spleen")
 
