@@ -54,6 +54,9 @@ CHOICES = {
 }
 SUBSETS = {"model.lora_targets": tuple(THIRDS), "evaluate.protocols": PROTOCOLS}
 AT_LEAST = {
+    "seed": 0,
+    "data.seed": 0,
+    "data.labels_seed": 0,
     "data.size": 16,
     "data.labelled_slices": 0,
     "data.workers": 0,

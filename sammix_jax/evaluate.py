@@ -16,7 +16,7 @@ from sammix_jax.data.splits import digest, image_digest, kept_split, training_sc
 from sammix_jax.errors import UserError
 from sammix_jax.inference import VolumePrediction, load_model, make_predict, predict_volume
 from sammix_jax.prepare import kept_slices, store_folder
-from sammix_jax.results import collect, results_folder, write_results
+from sammix_jax.results import collect, results_folder, seen_before, write_results
 from sammix_jax.scores import Case, LabelledScan, score_guidance, score_scan
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import scored_protocols
@@ -119,12 +119,9 @@ def evaluate(config, workdir) -> Evaluation:
         examples.append(_example(scored[0], prediction))
     if not cases:
         raise UserError("no scan could be scored:" + _listed(faults))
-    if seen:
-        _LOG.warning("%d of these %d scans trained the model: %s", len(seen), len(scans), seen[:8])
-    if chose:
-        told = "%d of these %d scans chose the model's checkpoint: %s"
-        _LOG.warning(told, len(chose), len(scans), chose[:8])
-    results = collect(config, workdir, cases, guidance, faults, seen, digests)
+    results = collect(config, workdir, cases, guidance, faults, seen, digests, chose)
+    for warning in seen_before(results):
+        _LOG.warning(warning)
     evaluation = Evaluation(cases, results, examples)
     folder = results_folder(config, workdir)
     write_results(folder, results, cases)
@@ -275,13 +272,14 @@ def _example(case: Case, prediction: VolumePrediction) -> Example:
     slices, squares = prediction.slices, prediction.truth
     z = int(squares.sum(axis=(1, 2)).argmax())
     (true_box,), (absent,) = (np.asarray(found) for found in mask_to_box(squares[z : z + 1]))
+    # Copies: a view of one slice would keep the whole scan in memory until the report is written.
     return Example(
         case=case,
         slice=z,
-        hu=prediction.hu[z],
-        truth=squares[z],
+        hu=prediction.hu[z].copy(),
+        truth=squares[z].copy(),
         predicted=slices.logits[case.protocol][z] > 0,
-        cam=None if slices.cam is None else slices.cam[z],
-        box=None if slices.box is None else slices.box[z],
+        cam=None if slices.cam is None else slices.cam[z].copy(),
+        box=None if slices.box is None else slices.box[z].copy(),
         true_box=None if absent else true_box,
     )

@@ -1,7 +1,7 @@
 """Means over patients, with their spread and a confidence interval."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -21,7 +21,7 @@ class Moments:
       mean: arithmetic mean.
       std: standard deviation of the sample (divided by count - 1); 0 of a single value.
       count: values that the rest is about.
-      low, high: 95% confidence interval of the mean; None of fewer than 3 values, too few to
+      low, high: 95% confidence interval of the mean; None of fewer than 3 patients, too few to
         resample.
     """
 
@@ -32,16 +32,20 @@ class Moments:
     high: float | None
 
 
-def summarise(values: Sequence[float | None]) -> Moments | None:
-    """Summarises one value a patient.
+def summarise(
+    values: Sequence[float | None], patients: Sequence[Hashable] | None = None
+) -> Moments | None:
+    """Summarises one value a scan, or a patient.
 
     The interval is the percentile bootstrap over patients (Efron 1979; SciPy's), of 2000 resamples
-    with a fixed seed. It says how the mean would vary over other such patients under the same
+    with a fixed seed: scans of one patient are drawn together, for they are no independent ones. It
+    says how the mean would vary over other such patients under the same
     trained model; of few patients it is too narrow: of normal values it holds the true mean in 93%
     of cases with 30 patients, 90% with 10, 85% with 5, and 74% with 3, of which it is the range.
 
     Args:
-      values: one a patient; None where the patient has none, which is left out.
+      values: None where there is none, which is left out.
+      patients: whose each value is; left out, each is another patient's.
 
     Returns:
       None where no value is left.
@@ -49,17 +53,24 @@ def summarise(values: Sequence[float | None]) -> Moments | None:
     Raises:
       ValueError: a value that is not finite.
     """
-    known = np.array([value for value in values if value is not None], float)
+    owners = range(len(values)) if patients is None else patients
+    of_patient: dict[Hashable, list[float]] = {}
+    for value, owner in zip(values, owners, strict=True):
+        if value is not None:
+            of_patient.setdefault(owner, []).append(value)
+    known = np.array([value for some in of_patient.values() for value in some], float)
     if not np.isfinite(known).all():
         raise ValueError(f"values={known}: expected finite numbers, or None for a patient without.")
     count = len(known)
     if not count:
         return None
     low = high = None
-    if count >= _FEWEST:
+    if len(of_patient) >= _FEWEST:
+        sums, counts = np.array([(sum(some), len(some)) for some in of_patient.values()]).T
         interval = stats.bootstrap(
-            (known,),
-            np.mean,
+            (sums, counts),
+            lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+            paired=True,
             n_resamples=_RESAMPLES,
             confidence_level=0.95,
             method="percentile",

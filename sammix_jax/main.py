@@ -22,7 +22,7 @@ from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data.datasets import natural
 from sammix_jax.data.paths import Path, as_path, find_matching
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import kept_split
+from sammix_jax.data.splits import kept_split, patient_of
 from sammix_jax.errors import UserError
 from sammix_jax.pretrain.run import pretrain
 from sammix_jax.systems.named import make_system
@@ -212,6 +212,7 @@ def _train(config, workdir: Path) -> None:
     else:
         print(f"\n{workdir} is trained and evaluated; its result:\n")
         _print_results(config, workdir, found)
+        _print_warnings(found)
     if make_system(config).headline in ORACLES:
         return  # there is no segmenting without the truth
     prediction = workdir / "prediction.nii.gz"
@@ -221,11 +222,14 @@ def _train(config, workdir: Path) -> None:
 
 
 def _example_scan(config, store: SliceStore, workdir: Path) -> str:
-    """A scan that trained nothing, where there is one: without a mask, unless a teacher taught on
-    those, or of the test part; else one that only chose the checkpoint; else any."""
-    split = kept_split(workdir)
+    """A scan of a patient who trained nothing, where there is one: without a mask, unless a teacher
+    taught on those, or of the test part; else one that only chose the checkpoint; else any."""
+    split, pattern = kept_split(workdir), config.data.patient
     unlabelled = [name for name, record in store.records.items() if not record.has_label]
-    unseen = [] if config.consistency.weight > 0 else unlabelled
+    trained = {patient_of(name, pattern) for name in split.train}
+    unseen = [name for name in unlabelled if patient_of(name, pattern) not in trained]
+    if config.consistency.weight > 0:
+        unseen = []
     name = [*unseen, *split.test, *split.val, *store.records][0]
     return store.records[name].image
 
@@ -249,6 +253,11 @@ def _print_results(config, workdir: Path, found: dict) -> None:
     print(f"{result_table(found)}\n\nreport      {page}")
 
 
+def _print_warnings(found: dict) -> None:
+    for warning in results.seen_before(found):
+        print(f"warning: {warning}")
+
+
 def _workdirs(patterns: str) -> list[Path]:
     """Workdirs by patterns with commas between, each once, in natural order."""
     found = set()
@@ -269,11 +278,7 @@ def _summarise(workdirs: list[Path]) -> None:
     count, scans = len(means["runs"]), len(means["scans"])
     print(f"mean ± standard deviation over {count} runs, each its mean over {scans} scans\n")
     print(result_table(means))
-    if seen := means["trained_on"]:
-        print(
-            f"\nwarning: {len(seen)} of these scans trained a model, so the means are no measure "
-            f"of new patients: {', '.join(seen)}"
-        )
+    _print_warnings(means)
     if _OUTPUT.value:
         results.write_over_seeds(_OUTPUT.value, means)
         print(f"\nsummary     {as_path(_OUTPUT.value) / 'summary.json'}")

@@ -13,6 +13,7 @@ from sammix_jax.data.files import read_json, whole_file
 from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.splits import LABELS, PARTS, SPLIT
 from sammix_jax.evaluate import Evaluation, Example
+from sammix_jax.results import seen_before
 from sammix_jax.scores import Case
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES
@@ -106,12 +107,7 @@ def _about(results: dict) -> str:
 
 
 def _warnings(results: dict, config) -> list[str]:
-    warnings = []
-    if results["trained_on"]:
-        warnings.append(
-            f"{len(results['trained_on'])} of these scans trained the model, so the scores are no "
-            f"measure of new patients: {', '.join(results['trained_on'])}."
-        )
+    warnings = seen_before(results)
     if faults := results["faults"]:
         warnings.append(
             f"{len(faults)} of {len(faults) + len(results['scans'])} scans could not be scored and "

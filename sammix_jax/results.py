@@ -44,6 +44,7 @@ def collect(
     faults: Sequence[str],
     trained_on: Sequence[str],
     digests: Mapping[str, str] | None = None,
+    chose: Sequence[str] = (),
 ) -> dict:
     """The content of results.json.
 
@@ -54,18 +55,23 @@ def collect(
       faults: what is wrong with each scan that could not be scored.
       trained_on: names of the scans that trained the model.
       digests: of each scan by name, what `over_seeds` knows it by.
+      chose: names of the scans that chose the model's checkpoint.
     """
     workdir = as_path(workdir)
     protocols = scored_protocols(make_system(config), {case.protocol for case in cases})
     classifier, prompt = summarise_guidance(guidance)
     return {
         "evaluate": json.loads(config.evaluate.to_json()),
-        "summary": {p: summarise_cases([c for c in cases if c.protocol == p]) for p in protocols},
+        "summary": {
+            p: summarise_cases([c for c in cases if c.protocol == p], config.data.patient)
+            for p in protocols
+        },
         "classifier": classifier,
         "prompt": prompt,
         "scans": list(dict.fromkeys(case.scan for case in cases)),
         "digests": dict(digests or {}),
         "trained_on": list(trained_on),
+        "chose": list(chose),
         "faults": list(faults),
         "config": json.loads(config.to_json()),
         "split_sha256": _sha256(workdir / SPLIT),
@@ -129,11 +135,12 @@ def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
       names: what messages call the runs, such as their folders; by number without.
 
     Returns:
-      What `result_table` takes: "evaluate" and "scans" of all of them, "trained_on" with the scans
-      that trained any of the models, "runs" with each one's seeds, and "summary", "classifier" and
-      "prompt" as in the results, each number replaced by {"mean", "std", "count"} over the runs
-      that have one (None where none has): of each run's mean over scans, with the sample's standard
-      deviation, 0 of one run. Counts that all runs agree in stay numbers.
+      What `result_table` takes: "evaluate" and "scans" of all of them, "trained_on" and "chose"
+      with the scans that trained any of the models or chose its checkpoint, "runs" with each one's
+      seeds, and "summary", "classifier" and "prompt" as in the results, each number replaced by
+      {"mean", "std", "count"} over the runs that have one (None where none has): of each run's mean
+      over scans, with the sample's standard deviation, 0 of one run. Counts that all runs agree in
+      stay numbers.
 
     Raises:
       UserError: no results; some that lack scans, repeat another run, or differ from the first in
@@ -160,17 +167,35 @@ def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
     return {
         "evaluate": results[0]["evaluate"],
         "scans": results[0]["scans"],
-        "trained_on": [
-            scan
-            for scan in results[0]["scans"]
-            if any(scan in each["trained_on"] for each in results)
-        ],
+        **{
+            seen: [
+                scan
+                for scan in results[0]["scans"]
+                if any(scan in each.get(seen, ()) for each in results)
+            ]
+            for seen in ("trained_on", "chose")
+        },
         "runs": runs,
         **{
             part: _over([each[part] for each in results])
             for part in ("summary", "classifier", "prompt")
         },
     }
+
+
+def seen_before(results: dict) -> list[str]:
+    """What to warn of: scans that trained the model, or any of several, or chose its checkpoint.
+
+    Args:
+      results: the content of results.json, or what `over_seeds` gives.
+    """
+    parts = (("trained_on", "trained the model"), ("chose", "chose the model's checkpoint"))
+    return [
+        f"{len(scans)} of these scans {did}, so the scores are no measure of new patients: "
+        f"{', '.join(scans)}."
+        for part, did in parts
+        if (scans := results.get(part))
+    ]
 
 
 def write_over_seeds(folder, means: dict) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from sammix_jax import metrics
 from sammix_jax.cam import mask_to_box
 from sammix_jax.data.geometry import SliceGeometry, slice_geometry
+from sammix_jax.data.splits import whose
 from sammix_jax.data.volumes import Volume
 from sammix_jax.inference import VolumePrediction
 from sammix_jax.intervals import summarise
@@ -151,8 +152,12 @@ def score_guidance(scan: LabelledScan, prediction: VolumePrediction) -> Guidance
     return Guidance(scan.organ_pixels > 0, slices.organ_probability, box_iou, cam_empty)
 
 
-def summarise_cases(cases: Sequence[Case]) -> dict:
+def summarise_cases(cases: Sequence[Case], patient: str = "") -> dict:
     """Summarises the scans under one protocol.
+
+    Args:
+      cases: of each scan.
+      patient: `data.patient`, by which scans of one patient are known.
 
     "scored" counts scans where truth or prediction holds the organ, "failures" those of them where
     only one does, "not_scored" scans where neither does. Each metric has its `intervals.Moments` as
@@ -162,9 +167,11 @@ def summarise_cases(cases: Sequence[Case]) -> dict:
     status = [case.status for case in cases]
     unscored, scored = status.count("both_empty"), status.count("scored")
 
+    patients = [whose(case.scan, patient) for case in cases]
+
     def moments(name: str, of=lambda value: value) -> dict | None:
-        known = [getattr(case, name) for case in cases]
-        found = summarise([of(value) for value in known if value is not None])
+        values = [getattr(case, name) for case in cases]
+        found = summarise([None if v is None else of(v) for v in values], patients)
         return found and dataclasses.asdict(found)
 
     return {

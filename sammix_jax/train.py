@@ -11,7 +11,7 @@ from sammix_jax.data.batches import Batches
 from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceId, SliceStore
-from sammix_jax.data.splits import Split, keep, load_or_draw
+from sammix_jax.data.splits import Split, keep, load_or_draw, taught_scans
 from sammix_jax.errors import UserError
 from sammix_jax.inference import make_predict
 from sammix_jax.loop import Validation, run_steps
@@ -144,10 +144,18 @@ def slices_without_masks(
 ) -> tuple[SliceId, ...]:
     """All other slices of the training patients of which it is known whether they show the organ;
     where there is a teacher, whose lessons need no label of any kind, also those of which it is
-    not, and those of unlabelled scans."""
+    not, and those of unlabelled scans, but for scans of patients who validate or test."""
     scans, taught = split.train, config.consistency.weight > 0
     if taught:
-        scans += tuple(name for name, record in store.records.items() if not record.has_label)
+        unlabelled = [name for name, record in store.records.items() if not record.has_label]
+        scans += (may_teach := taught_scans(unlabelled, split, config.data.patient))
+        if left_out := set(unlabelled) - set(may_teach):
+            _LOG.info(
+                "%d scans without masks are of patients who validate or test, and left out of "
+                "training: %s",
+                len(left_out),
+                ", ".join(sorted(left_out)[:8]),
+            )
     taken = set(labelled)
     return tuple(
         s

@@ -6,7 +6,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+# All of them: the many small ones that files share take a tenth of the tests' time.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # epath prefers TensorFlow where there is one; tests/object_store.py stands in for gcsfs.
 os.environ["EPATH_USE_TF"] = "false"
 

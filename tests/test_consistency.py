@@ -8,7 +8,7 @@ import pytest
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.consistency import follow, pseudo_masks, ramp
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import kept_split
+from sammix_jax.data.splits import Split, kept_split, taught_scans
 from sammix_jax.losses import bce_loss, dice_loss
 from sammix_jax.optim import make_optimiser
 from sammix_jax.sharding import BatchLayout, make_mesh, replicated
@@ -156,3 +156,10 @@ def test_unlabelled_scans_join_where_there_is_a_teacher(workdir, config):
     taught = slices_without_masks(config, store, split, labelled)
     assert set(taught) == {*paper, *store.slices(unlabelled)}
     assert store.image_label(store.slices(unlabelled)[0]) == -1
+
+
+def test_the_teacher_keeps_off_patients_who_validate_or_test():
+    split = Split(("p1_portal",), ("p2_portal",), ("p3_portal",))
+    without = [f"p{n}_arterial" for n in range(1, 5)]
+    assert taught_scans(without, split, r"^p\d") == ("p1_arterial", "p4_arterial")
+    assert taught_scans(without, split, "") == tuple(without)

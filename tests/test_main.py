@@ -105,6 +105,8 @@ def test_the_example_is_a_scan_that_trained_nothing(tmp_path):
     config.consistency.weight = 0.1  # a teacher taught on it
     assert example(["unseen"]) == "unseen.nii"
     assert example([]) == "chose.nii"
+    config.consistency.weight, config.data.patient = 0.0, "^[uc]|a"  # bare is trained's patient
+    assert example(["unseen"]) == "unseen.nii"
 
 
 def test_evaluate_and_predict_need_no_config(trained, tmp_path):

@@ -22,6 +22,7 @@ from sammix_jax.results import (
     over_seeds,
     results_folder,
     saved_results,
+    seen_before,
     write_over_seeds,
     write_results,
 )
@@ -201,6 +202,10 @@ def test_scans_that_trained_any_of_the_models_are_told(run):
     results = copy.deepcopy(seeds(run))
     results[0]["trained_on"], results[1]["trained_on"] = [], ["c"]
     assert over_seeds(results)["trained_on"] == ["b", "c"]
+    results[1]["chose"] = ["b"]
+    warnings = seen_before(over_seeds(results))
+    assert "2 of these scans trained the model, so" in warnings[0]
+    assert "1 of these scans chose the model's checkpoint, so" in warnings[1]
 
 
 def test_places_and_speed_may_differ(run):
@@ -232,7 +237,7 @@ def test_the_command_that_summarises(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "over 3 runs, each its mean over 2 scans" in done.stdout
     assert "cam       0.850 ± 0.100 " in done.stdout
-    assert "warning: 1 of these scans trained a model" in done.stdout
+    assert "warning: 1 of these scans trained the model" in done.stdout
     means = read_json(tmp_path / "means" / "summary.json")
     assert means == over_seeds(seeds(run), [r["run"] for r in means["runs"]])
     two = summarise(f"--workdir={tmp_path}/runs/seed-0,{tmp_path}/runs/seed-2")

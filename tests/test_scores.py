@@ -1,5 +1,7 @@
 """What is scored in a scan: grids, units, what a lost spacing takes away, and the summary."""
 
+import dataclasses
+import itertools
 import pathlib
 
 import numpy as np
@@ -157,8 +159,30 @@ def test_no_prompt_to_score_without_the_organ():
     assert classifier["accuracy"] == 1
 
 
+_SCANS = (f"s{n}" for n in itertools.count())
+
+
 def case(status, dice, hd95, error=None, false_positive=0.0):
-    return Case("s", "cam", status, dice, dice, hd95, hd95, error, dice, None, false_positive, 0, 0)
+    return Case(
+        next(_SCANS), "cam", status, dice, dice, hd95, hd95, error, dice, None, false_positive, 0, 0
+    )
+
+
+def test_the_interval_is_over_patients():
+    """Six patients with five scans each: 30 scans are no 30 independent ones."""
+    rng = np.random.default_rng(0)
+    of_patient = rng.normal(0.9, 0.02, 6)
+    cases = [
+        dataclasses.replace(case("scored", of_patient[p], 4.0, 0.0), scan=f"p{p}_{s}")
+        for p in range(6)
+        for s in range(5)
+    ]
+    alone = summarise_cases(cases[::5])["dice"]
+    together, apart = (summarise_cases(cases, pattern)["dice"] for pattern in (r"^p\d", ""))
+    assert together["mean"] == pytest.approx(alone["mean"]) and together["count"] == 30
+    assert together["low"] == pytest.approx(alone["low"])
+    assert together["high"] == pytest.approx(alone["high"])
+    assert apart["high"] - apart["low"] < 0.6 * (together["high"] - together["low"])
 
 
 def test_failures_stay_in_the_mean():

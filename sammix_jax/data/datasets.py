@@ -10,6 +10,7 @@ unlabelled scan; a mask without a scan is an error.
 """
 
 import dataclasses
+import logging
 import re
 
 from sammix_jax.data import hdf5
@@ -17,6 +18,8 @@ from sammix_jax.data.files import read_json
 from sammix_jax.data.paths import Path, as_path, find_below
 from sammix_jax.data.volumes import is_nifti, stem
 from sammix_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 LITS_ORGANS = {"liver": (1, 2), "tumour": (2,)}
 # A lesion drawn with a label of its own still belongs to the organ it lies in (LiTS, Task03).
@@ -117,9 +120,11 @@ def _find_lits(root: Path, organ: str) -> list[Scan]:
 def _find_decathlon(root: Path, organ: str) -> list[Scan]:
     if not (root / "imagesTr").is_dir():
         return []
-    images = _by_name((root / "imagesTr").iterdir(), _case_name)
     labels = _by_name((root / "labelsTr").glob("*"), str)
-    unlabelled = _by_name((root / "imagesTs").glob("*"), _case_name)
+    files = list((root / "imagesTr").iterdir())
+    case_name = _case_name if _numbers_channels(files, labels) else str
+    images = _by_name(files, case_name)
+    unlabelled = _by_name((root / "imagesTs").glob("*"), case_name)
     values, known, ignore = _decathlon_values(root, organ.lower()) if labels else ((1,), (), None)
     _refuse_orphans(images, labels, "imagesTr/{}.nii.gz")
     repeated = sorted(set(images) & set(unlabelled))
@@ -132,10 +137,20 @@ def _find_decathlon(root: Path, organ: str) -> list[Scan]:
     return scans + [Scan(key, path, None, values) for key, path in unlabelled.items()]
 
 
+def _numbers_channels(files: list[Path], labels: dict) -> bool:
+    """Whether images are CASE_0000 as nnU-Net has them; elsewhere cases may be numbered so."""
+    first = [stem(path) for path in files if stem(path).endswith("_0000")]
+    if not labels:
+        return bool(first)
+    return any(name not in labels and name.removesuffix("_0000") in labels for name in first)
+
+
 def _case_name(name: str) -> str:
-    """nnU-Net numbers its channels; CT has the one, _0000."""
+    """Without nnU-Net's number of a channel; CT has the one, _0000."""
     if re.search(r"_000[1-9]$", name):
-        raise UserError(f"{name}: a second channel, expected CT with _0000 alone; remove it.")
+        raise UserError(
+            f"{name}: a second channel, expected CT with _0000 alone; move it out of the folder."
+        )
     return name.removesuffix("_0000")
 
 
@@ -169,8 +184,19 @@ def _decathlon_values(
     ignore = values.pop("ignore", (None,))
     if len(ignore) != 1:
         raise UserError(f"{path}: its 'ignore' is {list(ignore)}, expected one whole number.")
-    lesions = tuple(n for name in sorted(LESION_NAMES & set(values)) for n in values[name])
-    wanted = tuple(sorted({*values[organ], *(lesions if organ == "liver" else ())}))
+    named = LESION_NAMES & set(values) if organ == "liver" else set()
+    if others := sorted(set(values) - {"background", organ} - named):
+        # Where other organs are named too, nobody knows in which of them a lesion lies.
+        for name in sorted(named):
+            _LOG.warning(
+                "%s: %s beside %s: not counted as data.organ=liver; data.label_values says "
+                "otherwise.",
+                path,
+                name,
+                ", ".join(others[:5]),
+            )
+        named = set()
+    wanted = tuple(sorted({*values[organ], *(n for name in named for n in values[name])}))
     known = tuple(sorted({0, *(n for numbers in values.values() for n in numbers)}))
     return wanted, known, ignore[0]
 
@@ -186,7 +212,7 @@ def _find_totalsegmentator(root: Path, organ: str) -> list[Scan]:
     scans, organs = [], set()
     for image in images:
         folder = image.parent / "segmentations"
-        masks = {stem(p): p for p in folder.glob("*.nii*")}
+        masks = _by_name(folder.glob("*.nii*"), str)
         organs |= set(masks)
         scans.append(Scan(image.parent.name, image, masks.get(organ), known_values=(0, 1)))
     if organs and not any(scan.label for scan in scans):

@@ -6,6 +6,7 @@ import os
 import pathlib
 import tempfile
 import threading
+import uuid
 
 from sammix_jax import hosts
 from sammix_jax.data.paths import Path, as_path, is_remote
@@ -95,7 +96,8 @@ def read_json(path):
 
 @contextlib.contextmanager
 def _renamed(path: pathlib.Path):
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    # A process number alone is no name: on a shared disk two containers may have the same.
+    partial = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

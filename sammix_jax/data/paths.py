@@ -75,13 +75,23 @@ def version(path: Path) -> list:
 def find_below(folder: Path, pattern: str) -> Iterator[Path]:
     """What lies at any depth below the folder under a name such as `volume-*.nii*`."""
     if not is_remote(folder):
-        yield from folder.rglob(pattern)
+        yield from _find_below(folder, pattern, frozenset())
         return
     for path in folder.iterdir():
         if fnmatch.fnmatchcase(path.name, pattern):
             yield path
         elif path.is_dir():
             yield from find_below(path, pattern)
+
+
+def _find_below(folder: pathlib.Path, pattern: str, above: frozenset) -> Iterator[pathlib.Path]:
+    """Through links too, which data sets are gathered by, but to none of the folders above."""
+    above |= {folder.resolve()}
+    for path in folder.iterdir():
+        if fnmatch.fnmatchcase(path.name, pattern):
+            yield path
+        elif path.is_dir() and path.resolve() not in above:
+            yield from _find_below(path, pattern, above)
 
 
 def find_matching(pattern: str) -> list[Path]:

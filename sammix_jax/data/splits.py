@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import numpy as np
 
@@ -114,6 +114,27 @@ def patient_of(name: str, pattern: str) -> str:
             "finds the patient in every name."
         )
     return found[1] if found.re.groups else found[0]
+
+
+def whose(name: str, pattern: str) -> str:
+    """`patient_of`; in another data set the pattern may find nothing, and a scan is a patient."""
+    return patient_of(name, pattern) if re.search(pattern, name) else name
+
+
+def taught_scans(names: Iterable[str], split: Split, pattern: str) -> tuple[str, ...]:
+    """Of the scans without masks those that a teacher may teach on: of no patient who validates or
+    tests.
+
+    Args:
+      names: the scans without masks.
+      split: of the others.
+      pattern: `data.patient`.
+
+    Raises:
+      UserError: a scan in whose name no patient is found.
+    """
+    held_out = {patient_of(name, pattern) for name in (*split.val, *split.test)}
+    return tuple(name for name in names if patient_of(name, pattern) not in held_out)
 
 
 def draw_labelled_slices(
@@ -253,7 +274,10 @@ def training_scans(config, workdir) -> TrainingScans:
         )
     labelled, images = read_json(workdir / SCANS), read_json(workdir / IMAGES)
     split = kept_split(workdir)
-    unlabelled = [n for n in images if n not in labelled] if config.consistency.weight > 0 else []
+    unlabelled = ()
+    if config.consistency.weight > 0:
+        without = (name for name in images if name not in labelled)
+        unlabelled = taught_scans(without, split, config.data.patient)
 
     def known_by(names) -> frozenset[str]:
         found = {images[name]["digest"] for name in names}

@@ -7,6 +7,7 @@ Files are NIfTI, or the authors' HDF5 (`hdf5.py`), which know no place in the wo
 """
 
 import dataclasses
+import gzip
 import logging
 import pathlib
 import zlib
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 
 from sammix_jax.data import hdf5
@@ -56,6 +58,7 @@ class Volume:
       spacing: (D, H, W) voxel size in mm.
       affine: (4, 4) float64, the file's own affine (file voxel order → RAS+ mm).
       orientation: (3, 2) nibabel orientation of the file's axes.
+      placed: whether the file says where its voxels lie, by a sform or a qform.
       already_cut: whether the file holds only the slices that its maker kept of the scan, so that
         none of them is to be left out again.
     """
@@ -65,6 +68,7 @@ class Volume:
     spacing: tuple[float, float, float]
     affine: np.ndarray
     orientation: np.ndarray
+    placed: bool = True
     already_cut: bool = False
 
     @property
@@ -80,7 +84,7 @@ class Volume:
     @property
     def has_spacing(self) -> bool:
         """Whether the file knows its spacing."""
-        return not _lost_spacing(self.affine)
+        return not _lost_spacing(self.affine, self.placed)
 
 
 class Annotation(NamedTuple):
@@ -95,11 +99,15 @@ class Annotation(NamedTuple):
     annotated: np.ndarray
 
 
-def _lost_spacing(affine: np.ndarray) -> bool:
-    """An identity affine is what a lost one looks like; some programs leave the origin at 1."""
-    return (
-        np.array_equal(np.abs(affine[:3, :3]), np.eye(3)) and np.isin(affine[:3, 3], (0, 1)).all()
-    )
+def _lost_spacing(affine: np.ndarray, placed: bool) -> bool:
+    """An identity affine is what a lost one looks like; some programs leave the origin at 1, and
+    without sform and qform it is made up."""
+    unit = np.array_equal(np.abs(affine[:3, :3]), np.eye(3))
+    return unit and (not placed or np.isin(affine[:3, 3], (0, 1)).all())
+
+
+def _is_placed(image) -> bool:
+    return bool(image.header["sform_code"] or image.header["qform_code"])
 
 
 def is_nifti(path) -> bool:
@@ -128,6 +136,7 @@ def read_volume(path) -> Volume:
             spacing=(1.0, 1.0, 1.0),
             affine=UNPLACED,
             orientation=nib.io_orientation(UNPLACED),
+            placed=False,
             already_cut=True,
         )
     image, voxels = _read(path)
@@ -149,17 +158,34 @@ def read_volume(path) -> Volume:
             low,
         )
     orientation = nib.io_orientation(image.affine)
-    if voxels.dtype != np.int16:
-        voxels = np.clip(np.rint(voxels), -32768, 32767).astype(np.int16)
+    placed = _is_placed(image)
+    if not placed or _lost_spacing(image.affine, placed):
+        _LOG.warning(
+            "%s: %s, so its orientation is unknown and taken for %s: look at the overlay.",
+            path,
+            "the affine is the identity" if placed else "neither sform nor qform is set",
+            "".join(nib.aff2axcodes(image.affine)),
+        )
     i, j, k = (int(a) for a in _to_canonical(orientation)[:, 0].argsort())
     zooms = nib.affines.voxel_sizes(image.affine)
     return Volume(
         path=path,
-        hu=_canonical(voxels, orientation),
+        hu=_canonical(_as_int16(voxels), orientation),
         spacing=(float(zooms[k]), float(zooms[j]), float(zooms[i])),
         affine=image.affine,
         orientation=orientation,
+        placed=placed,
     )
+
+
+def _as_int16(voxels: np.ndarray) -> np.ndarray:
+    """Slice by slice, for scaled voxels are float64, four times what is kept of them."""
+    if voxels.dtype == np.int16:
+        return voxels
+    rounded = np.empty(voxels.shape, np.int16, order="F")
+    for k in range(voxels.shape[2]):
+        rounded[..., k] = np.clip(np.rint(voxels[..., k]), -32768, 32767)
+    return rounded
 
 
 def read_mask(
@@ -204,11 +230,13 @@ def read_annotation(
             "resample the mask onto the scan's grid, or pair it with the scan it was drawn on."
         )
     shift = _largest_shift(image.affine, scan.affine, shape)
-    if scan.has_spacing and _lost_spacing(image.affine):
+    has_spacing = not _lost_spacing(image.affine, _is_placed(image))
+    if scan.has_spacing != has_spacing:
         _LOG.warning(
-            "%s: the mask has no spacing (its affine is the identity); its voxels are taken for "
-            "those of its scan %s, in the order of the file: look whether they fit.",
+            "%s: the %s has no spacing (its affine is the identity or unset); the mask's voxels "
+            "are taken for those of its scan %s, in the order of the file: look whether they fit.",
             path,
+            "scan" if has_spacing else "mask",
             scan.path,
         )
     elif not shift <= AFFINE_TOLERANCE_MM:  # also catches NaN
@@ -217,29 +245,31 @@ def read_annotation(
             f"scan {scan.path}; resample the mask onto the scan, or copy the scan's affine into it "
             "if the voxels are known to match."
         )
-    labels = voxels
-    if not np.issubdtype(voxels.dtype, np.integer):
-        labels = np.rint(voxels)
-        if not np.array_equal(labels, voxels):
-            raise UserError(
-                f"{path}: the mask holds values that are no whole numbers (from {voxels.min()} to "
-                f"{voxels.max()}), expected label values; was it resampled with interpolation?"
-            )
-        labels = labels.astype(np.int64)
-    known = np.isin(labels, known_values) if known_values else np.ones(shape, bool)
-    ignored = np.zeros(shape, bool) if ignore_value is None else labels == ignore_value
-    known |= ignored
-    if not known.all():
+    if not np.issubdtype(voxels.dtype, np.integer) and not (np.rint(voxels) == voxels).all():
         raise UserError(
-            f"{path}: the mask holds the values {np.unique(labels[~known])[:5].tolist()}, expected "
+            f"{path}: the mask holds values that are no whole numbers (from {voxels.min()} to "
+            f"{voxels.max()}), expected label values; was it resampled with interpolation?"
+        )
+    ignored = _is_any(voxels, () if ignore_value is None else (ignore_value,))
+    if known_values and not (known := ignored | _is_any(voxels, known_values)).all():
+        raise UserError(
+            f"{path}: the mask holds the values {np.unique(voxels[~known])[:5].tolist()}, expected "
             f"{known_values} with {label_values} for the organ; relabel the mask, which must be "
             "annotated throughout, or name the organ's values with label_values."
         )
-    organ = np.isin(labels, label_values)
+    organ = _is_any(voxels, label_values)
     return Annotation(
         _canonical(organ, scan.orientation),
         ~_canonical(ignored, scan.orientation).any(axis=(1, 2)),
     )
+
+
+def _is_any(voxels: np.ndarray, values: tuple[int, ...]) -> np.ndarray:
+    """np.isin in a seventh of its memory, which whole scans need."""
+    found = np.zeros(voxels.shape, bool, order="F")
+    for value in values:
+        found |= voxels == value
+    return found
 
 
 def organ_pixels(path, mask: np.ndarray) -> np.ndarray:
@@ -295,12 +325,17 @@ def _read(path: Path):
     try:
         with local_copy(path) as local:
             image = nib.load(local)
-            voxels = np.asanyarray(image.dataobj)
+            with _opened(local) as file:
+                image = type(image).from_file_map({"image": FileHolder(fileobj=file)})
+                voxels = np.asanyarray(image.dataobj)
+                file.read()
     except _UNREADABLE as error:
         raise UserError(
             f"{path}: cannot be read as NIfTI ({error}); the file is truncated or damaged, copy or "
             "export it again."
         ) from error
+    if voxels.ndim > 3 and set(voxels.shape[3:]) == {1}:
+        voxels = voxels.reshape(voxels.shape[:3], order="F")  # one phase of one channel
     if voxels.ndim != 3:
         raise UserError(
             f"{path}: the image is {voxels.ndim}D with shape {voxels.shape}, expected one 3D "
@@ -321,6 +356,11 @@ def _read(path: Path):
             "header's sform or qform."
         )
     return image, voxels
+
+
+def _opened(path: pathlib.Path):
+    """A file to be read to its end: there gzip holds what it gave against its checksum."""
+    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")
 
 
 def _to_canonical(orientation: np.ndarray) -> np.ndarray:

@@ -59,6 +59,35 @@ def test_what_nobody_annotated_is_no_label(tmp_path):
         datasets.find_scans(tmp_path, "spleen")
 
 
+def test_lesions_join_the_liver_where_no_other_organ_is_named(tmp_path, caplog):
+    touch(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")
+    labels = {"background": 0, "liver": 1, "tumor": 14}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert datasets.find_scans(tmp_path, "liver")[0].label_values == (1, 14)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels | {"pancreas": 4}}))
+    assert datasets.find_scans(tmp_path, "liver")[0].label_values == (1,)
+    assert "tumor beside pancreas: not counted as data.organ=liver" in caplog.text
+
+
+def test_cases_may_be_numbered_as_channels_are(tmp_path):
+    """AMOS and WORD have amos_0001.nii.gz in imagesTr and in labelsTr."""
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1}}))
+    cases = [f"amos_000{n}.nii.gz" for n in range(4)]
+    touch(tmp_path, *(f"imagesTr/{c}" for c in cases), *(f"labelsTr/{c}" for c in cases[:3]))
+    scans = datasets.find_scans(tmp_path, "liver")
+    assert [s.name for s in scans] == ["amos_0000", "amos_0001", "amos_0002", "amos_0003"]
+    assert [bool(s.label) for s in scans] == [True, True, True, False]
+
+
+def test_linked_folders_are_looked_into_once(tmp_path):
+    touch(tmp_path / "disk", "volume-1.nii", "segmentation-1.nii")
+    touch(tmp_path / "data", "part2/volume-2.nii", "part2/segmentation-2.nii")
+    (tmp_path / "data" / "part1").symlink_to(tmp_path / "disk")
+    (tmp_path / "data" / "part2" / "loop").symlink_to(tmp_path / "data")
+    scans = datasets.find_scans(tmp_path / "data", "liver")
+    assert [scan.name for scan in scans] == ["volume-1", "volume-2"]
+
+
 def test_totalsegmentator(tmp_path):
     touch(tmp_path, "s0001/ct.nii.gz", "s0001/segmentations/liver.nii.gz", "s0002/ct.nii.gz")
     scans = datasets.find_scans(tmp_path, "liver")

@@ -189,6 +189,41 @@ def test_lost_spacing_and_tilted_gantry(write_scan, ct):
     assert scan.voxel_ml == pytest.approx(0.020)  # a shear keeps the volume
 
 
+def test_a_scan_without_sform_and_qform_is_placed_nowhere(write_scan, ct, caplog):
+    path = write_scan("scan.nii.gz", ct)
+    nib.save(nib.Nifti1Image(ct, None), path)
+    scan = volumes.read_volume(path)
+    assert not scan.has_spacing
+    assert "neither sform nor qform is set, so its orientation is unknown and taken" in caplog.text
+    spaced = nib.Nifti1Image(ct, None)
+    spaced.header.set_zooms((2.0, 2.0, 5.0))
+    nib.save(spaced, path)
+    scan = volumes.read_volume(path)
+    assert scan.has_spacing and scan.spacing == (5.0, 2.0, 2.0)
+    volumes.write_mask(path.with_name("mask.nii.gz"), scan.hu > 50, scan)
+    np.testing.assert_array_equal(
+        nib.load(path.with_name("mask.nii.gz")).get_fdata() > 0, np.asarray(ct) > 50
+    )
+
+
+def test_damage_within_a_compressed_file_is_found(write_scan, ct):
+    """A flipped bit mostly decompresses to other voxels; only the checksum at the end tells."""
+    path = write_scan("scan.nii.gz", np.repeat(np.repeat(ct, 4, 0), 4, 1))
+    whole = path.read_bytes()
+    for place in np.random.default_rng(0).integers(100, len(whole) - 8, 30):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(place) % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"scan\.nii\.gz: cannot be read as NIfTI"):
+            volumes.read_volume(path)
+
+
+def test_axes_of_one_phase_are_dropped(write_scan, ct):
+    scan = volumes.read_volume(write_scan("scan.nii.gz", ct[..., None]))
+    expected = volumes.read_volume(write_scan("flat.nii.gz", ct))
+    np.testing.assert_array_equal(scan.hu, expected.hu)
+
+
 def test_mask_values_that_nothing_names(write_scan, ct):
     """A mask of 0 and 255 must not pass for an empty one."""
     scan = volumes.read_volume(write_scan("scan.nii.gz", ct))
