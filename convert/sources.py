@@ -29,6 +29,8 @@ _SIGNS = {
 }
 # Names under which training scripts keep the weights beside an optimiser's state.
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
+# How MXNet's files of parameters begin; ResNet-38's first publisher has them.
+_MXNET = (0x112).to_bytes(8, "little")
 
 
 class Stored(NamedTuple):
@@ -102,6 +104,13 @@ def _safetensors(path: Path) -> dict[str, Stored]:
 
 def _pytorch(path: Path) -> dict[str, Stored]:
     torch = import_torch(path)
+    with path.open("rb") as file:
+        if file.read(8) == _MXNET:
+            raise UserError(
+                f"{path}: parameters of MXNet, expected a PyTorch file (docs/weights.md lists the "
+                "names of its arrays); read it with MXNet, as the public ports of ResNet-38 do, "
+                "and save its state dict with torch.save."
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd files, which the errors below name

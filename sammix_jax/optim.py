@@ -1,6 +1,7 @@
 """Which parameters are trained, and how."""
 
 import re
+from collections.abc import Container
 
 import optax
 from flax import traverse_util
@@ -13,13 +14,16 @@ OPTIMISERS = ("adam", "sgd")
 MOMENTUM, POWER = 0.99, 0.9
 
 
-def split_params(params: dict, patterns: tuple[str, ...]) -> tuple[dict, dict]:
+def split_params(
+    params: dict, patterns: tuple[str, ...], optional: Container[str] = ()
+) -> tuple[dict, dict]:
     """Splits a parameter tree into what is trained and what is frozen.
 
     Args:
       params: nested dict of arrays, or of their shapes.
       patterns: regular expressions; a path such as `sam/mask_decoder/iou_token` that one matches
         whole is trained.
+      optional: those of the patterns that may match nothing.
 
     Returns:
       Two flat dicts, path → array: trainable and frozen.
@@ -29,7 +33,7 @@ def split_params(params: dict, patterns: tuple[str, ...]) -> tuple[dict, dict]:
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     for pattern in patterns:
-        if not any(re.fullmatch(pattern, path) for path in flat):
+        if pattern not in optional and not any(re.fullmatch(pattern, path) for path in flat):
             top = sorted({"/".join(path.split("/")[:2]) for path in flat})
             raise UserError(
                 f"train.trainable: the pattern {pattern!r} matches no parameter; paths begin with "

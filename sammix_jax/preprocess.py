@@ -118,7 +118,9 @@ def _random_affine(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     matrix = zoom * jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
     grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, shape), indexing="ij"))  # (2, H, W)
     centre = ((size - 1) / 2)[:, None, None]
-    return jnp.einsum("ij,jhw->ihw", matrix, grid - centre) + centre + move[:, None, None]
+    # At the default precision TPUs and GPUs would round coordinates to eight or eleven bits.
+    turned = jnp.einsum("ij,jhw->ihw", matrix, grid - centre, precision="highest")
+    return turned + centre + move[:, None, None]
 
 
 def _random_intensity(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:

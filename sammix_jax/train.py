@@ -23,7 +23,7 @@ from sammix_jax.sharding import (
     state_sharding,
 )
 from sammix_jax.systems.named import make_system
-from sammix_jax.train_step import jit_train_step, load_pretrained, make_init
+from sammix_jax.train_step import TrainState, jit_train_step, load_pretrained, make_init
 from sammix_jax.validate import validate
 from sammix_jax.weights import BEGUN_FROM, digests
 
@@ -84,6 +84,7 @@ def train(config, workdir, store: SliceStore) -> bool:
         keep(split, labelled, store, workdir)
         if begins:
             _tell_of_frozen_noise(state.frozen, config.model.sam_weights)
+            _tell_of_moving_statistics(state, config.model.freeze_batch_norm)
             # The files may be others later.
             write_json(as_path(workdir) / BEGUN_FROM, digests(config))
         checkpoints.save_config(config)
@@ -171,6 +172,18 @@ def _tell_of_frozen_noise(frozen: dict, sam_weights: str) -> None:
             "SAM's image encoder is frozen at random values, which makes a SAM of no use: give "
             "--config.model.sam_weights=FILE (docs/weights.md tells how to make it), or train it."
         )
+
+
+def _tell_of_moving_statistics(state: TrainState, freeze_batch_norm: bool) -> None:
+    for part in {} if freeze_batch_norm else state.batch_stats:
+        if not any(path.startswith(f"{part}/") for path in state.trainable):
+            _LOG.warning(
+                "no parameter of the %s is trained, but its BatchNorm goes on learning the "
+                "statistics of the batches; --config.model.freeze_batch_norm=True leaves the %s "
+                "as it was loaded.",
+                part,
+                part,
+            )
 
 
 def _count(parameters: dict) -> int:

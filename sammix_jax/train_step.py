@@ -59,9 +59,9 @@ def new_state(variables: dict, optimiser: optax.GradientTransformation, config) 
       config: the run's; reads `train.trainable` and whether there is a teacher.
     """
     patterns = config.train.trainable
-    if config.model.lora_rank == 0:  # there is none to match
-        patterns = tuple(pattern for pattern in patterns if "lora_" not in pattern)
-    trainable, frozen = split_params(variables["params"], patterns)
+    # Without LoRA there is none to match.
+    optional = [p for p in patterns if "lora_" in p] if config.model.lora_rank == 0 else ()
+    trainable, frozen = split_params(variables["params"], patterns, optional)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sammix_jax.config import default_config
 from sammix_jax.errors import UserError
 from sammix_jax.optim import make_optimiser, merge_params, split_params
+from sammix_jax.train_step import new_state
 
 PARAMS = {
     "sam": {
@@ -29,6 +31,22 @@ def test_split_and_merge():
 def test_a_pattern_without_a_parameter_is_refused():
     with pytest.raises(UserError, match=r"'sam/decoder/\.\*' matches no parameter.*sam/mask_deco"):
         split_params(PARAMS, (r"classifier/.*", r"sam/decoder/.*"))
+
+
+def test_without_lora_its_pattern_may_match_nothing():
+    """And a pattern that names it to leave it out still matches the rest."""
+    config = default_config()
+    config.model.lora_rank = 0
+    params = {"sam": {"mask_decoder": {"token": jnp.ones(3)}, "image_encoder": {"k": jnp.ones(2)}}}
+    config.train.trainable = (r"sam/image_encoder/.*/lora_.*", r"sam/mask_decoder/.*")
+    make_state = lambda: new_state({"params": params}, optax.sgd(0.1), config)  # noqa: E731
+    assert set(make_state().trainable) == {"sam/mask_decoder/token"}
+    config.train.trainable = (r"sam/image_encoder/(?!.*lora_).*",)
+    assert set(make_state().trainable) == {"sam/image_encoder/k"}
+    config.model.lora_rank = 8
+    config.train.trainable = (r"sam/image_encoder/.*/lora_.*",)
+    with pytest.raises(UserError, match="matches no parameter"):
+        make_state()
 
 
 def rates(config, steps, at):

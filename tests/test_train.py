@@ -2,6 +2,7 @@
 
 import csv
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -354,6 +355,22 @@ def test_an_encoder_frozen_at_random_values_is_told(config, caplog):
     assert not told("")  # it is trained
     config.train.trainable = default_config().train.trainable
     assert told("") and not told("sam.safetensors")
+
+
+def test_what_is_frozen_without_use_is_told(caplog):
+    path = "sam/image_encoder/patch_embed/kernel"
+    train_module._tell_of_frozen_noise({path: 0}, "sam.safetensors")
+    train_module._tell_of_frozen_noise({}, "")
+    statistics = {"classifier": {"bn": 0}}
+    learns = types.SimpleNamespace(batch_stats=statistics, trainable={"classifier/head/kernel": 0})
+    frozen = types.SimpleNamespace(batch_stats=statistics, trainable={"sam/mask_decoder/token": 0})
+    train_module._tell_of_moving_statistics(learns, False)
+    train_module._tell_of_moving_statistics(frozen, True)
+    assert not caplog.records
+    train_module._tell_of_frozen_noise({path: 0}, "")
+    train_module._tell_of_moving_statistics(frozen, False)
+    assert "frozen at random values" in caplog.messages[0]
+    assert "no parameter of the classifier is trained, but its BatchNorm" in caplog.messages[1]
 
 
 def test_the_papers_mode_trains_lora_decoder_prompts_and_classifier(config):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from sammix_jax.losses import dice_costs, focal_costs, mask_iou
 from sammix_jax.models.sam.mask_decoder import MULTIMASK, SINGLE_MASK
 from sammix_jax.models.sam.sam import Sam
+from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.optim import merge_params
 from sammix_jax.preprocess import to_rgb
 from sammix_jax.pretrain.prompts import corrections, jittered_boxes, random_points
@@ -130,7 +131,9 @@ def promptable_loss(
     bound = lambda method, *args, **named: sam.apply(variables, *args, method=method, **named)  # noqa: E731
     embeddings = bound(Sam.encode_image, to_rgb(scenes.images, normalisation))
     choose_key, *prompt_keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys).T
-    truth, shown = choose_shapes(choose_key, scenes.masks, settings.prompts)
+    # Low-res logits are four times as fine as the tokens.
+    cell = get_variant(sam.variant).patch_size // 4
+    truth, shown = choose_shapes(choose_key, scenes.masks, settings.prompts, cell)
     half = settings.prompts // 2
     losses, metrics = [], {}
     for first, group_keys, group in zip(
@@ -184,7 +187,9 @@ def affinity_loss(embeddings: jax.Array, scenes: Scenes) -> jax.Array:
     return 0.5 * (mean(same) + mean(unlike))
 
 
-def choose_shapes(keys: jax.Array, masks: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def choose_shapes(
+    keys: jax.Array, masks: jax.Array, count: int, cell: int
+) -> tuple[jax.Array, jax.Array]:
     """Draws the shapes to be prompted, among those that are neither specks nor all of the image.
 
     One that is twice as long and wide is drawn twice as often: there is more to learn from it.
@@ -193,13 +198,15 @@ def choose_shapes(keys: jax.Array, masks: jax.Array, count: int) -> tuple[jax.Ar
       keys: (B,) random keys.
       masks: (B, K, S, S) bool.
       count: P.
+      cell: c, pixels on a side of a cell of the decoder's answer.
 
     Returns:
-      Their masks on the grid of the decoder's answer if it has half the side, (B, P, S / 2, S / 2)
-      bool, and which of them are there, (B, P) bool, as a scene may have fewer.
+      Their masks on the grid of the decoder's answer, (B, P, S / c, S / c) bool, and which of them
+      are there, (B, P) bool, as a scene may have fewer.
     """
     b, k, size, _ = masks.shape
-    cells = masks.reshape(b, k, size // 2, 2, size // 2, 2)  # (B, K, S, S) → (B, K, s, 2, s, 2)
+    side = size // cell
+    cells = masks.reshape(b, k, side, cell, side, cell)  # (B, K, S, S) → (B, K, s, c, s, c)
     coarse = cells.mean(axis=(3, 5)) >= 0.5
     share = coarse.mean(axis=(2, 3))
     sound = (share > SMALLEST) & (share < LARGEST)

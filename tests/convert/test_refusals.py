@@ -71,6 +71,10 @@ def test_objects_and_programs(refused, tmp_path):
     refused((tmp_path / "given.pth").read_bytes(), "a TorchScript program")
 
 
+def test_parameters_of_mxnet(refused):
+    refused((0x112).to_bytes(8, "little") + bytes(64), "parameters of MXNet")
+
+
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_truncated(refused, tmp_path, share, new):

@@ -128,12 +128,16 @@ def test_shapes_to_prompt_are_neither_specks_nor_the_whole_image():
     masks[:, 2, :16, :16] = True
     masks[:, 3, 8:24, 8:16] = True
     keys = jax.random.split(jax.random.key(0), 2)
-    chosen, there = choose_shapes(keys, jnp.asarray(masks), 3)
+    chosen, there = choose_shapes(keys, jnp.asarray(masks), 3, cell=2)
     assert chosen.shape == (2, 3, 16, 16)
     np.testing.assert_array_equal(there, [[True, True, False]] * 2)
     for b in range(2):
         areas = sorted(np.asarray(chosen[b, :2]).sum(axis=(1, 2)).tolist())
         assert areas == [8 * 4, 8 * 8]
+    # A patch of 16 pixels, as in ViT-B, answers at a quarter of the side.
+    coarser, _ = choose_shapes(keys, jnp.asarray(masks), 3, cell=4)
+    assert coarser.shape == (2, 3, 8, 8)
+    assert sorted(np.asarray(coarser[0, :2]).sum(axis=(1, 2)).tolist()) == [4 * 2, 4 * 4]
 
 
 def test_the_loss_is_that_of_the_best_of_three_masks():
@@ -228,7 +232,7 @@ def test_affinity_does_not_tell_a_part_from_its_whole():
 def test_larger_shapes_are_asked_more_often():
     masks = jnp.zeros((4000, SHAPES, 32, 32), bool)
     masks = masks.at[:, 0, :8, :8].set(True).at[:, 1, 8:24, 8:24].set(True)
-    chosen, _ = choose_shapes(jax.random.split(jax.random.key(0), 4000), masks, 1)
+    chosen, _ = choose_shapes(jax.random.split(jax.random.key(0), 4000), masks, 1, cell=2)
     large = (np.asarray(chosen).sum(axis=(1, 2, 3)) == 64).mean()
     np.testing.assert_allclose(large, 2 / 3, atol=0.03)
 
