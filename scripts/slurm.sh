@@ -2,7 +2,10 @@
 # Trains on the GPUs of several Slurm nodes, from the repository's root:
 #
 #   sbatch --nodes=2 scripts/slurm.sh --config=configs/lits.py --config.data.root=DIR --workdir=DIR \
+#     --config.model.sam_weights=FILE \
 #     --config.train.batch_labelled=8 --config.train.batch_unlabelled=8
+#
+# One GPU: sbatch --nodes=1 --ntasks-per-node=1 --gres=gpu:1, and no batch to give.
 #
 # What follows the script's name is the program's. PYTHON names another interpreter than .venv's;
 # DRY_RUN=1 prints the srun command and runs nothing. DIR must be on a file system that all nodes see.

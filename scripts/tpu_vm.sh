@@ -3,6 +3,7 @@
 #
 #   scripts/tpu_vm.sh --project=P --zone=Z -- \
 #     --config=configs/lits.py --config.data.root=gs://B/lits --workdir=gs://B/runs/lits \
+#     --config.model.sam_weights=gs://B/sam_vit_b.safetensors \
 #     --config.train.batch_labelled=16 --config.train.batch_unlabelled=16
 #
 # What follows -- is the program's. Options:

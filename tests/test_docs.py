@@ -9,7 +9,9 @@ from test_fields import fields
 
 from sammix_jax.config import default_config
 
-DOCS = pathlib.Path(__file__).parents[1] / "docs"
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", ROOT / "weights" / "README.md", *sorted(DOCS.glob("*.md")))
 ROW = re.compile(r"^\| `([a-z0-9_.]+)` \| (.+?) \| (.+?) \|", re.MULTILINE)
 ROWS = ROW.findall((DOCS / "method.md").read_text())
 
@@ -73,7 +75,29 @@ def test_certainty_agrees_with_the_configs_comments():
     assert not differing
 
 
-def test_links_lead_somewhere():
-    for page in DOCS.glob("*.md"):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def anchors(page: pathlib.Path) -> set[str]:
+    """What GitHub makes of the page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text())
+    for target, anchor in links:
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_what_there_is(page):
+    """Modules, files and fields of the config that stand in a page's commands."""
+    text, known = page.read_text(), set(fields(default_config()))
+    for module in re.findall(r"python -m ((?:sammix_jax|benchmarks|convert)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    for file in re.findall(r"(?:configs|requirements|scripts)/[a-z_/]+\.(?:py|txt|sh|yaml)", text):
+        assert (ROOT / file).is_file(), file
+    for field in re.findall(r"--config\.([a-z_]+(?:\.[a-z_]+)*)", text):
+        assert field in known, field

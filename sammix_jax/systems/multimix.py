@@ -2,9 +2,10 @@
 
 Its losses, with the weights of `config.multimix` and `config.loss`:
 
-classification   cross-entropy of the image-level labels, of all slices that have one; with
-                 `image_labels="labelled"` only of slices with masks, as published. Those are
-                 positive here, every one: a classifier that sees no others learns nothing else.
+classification   cross-entropy of the image-level labels, of all slices that have one, in place of
+                 the published labelled set of its own; with `image_labels="labelled"` only of
+                 slices with masks. Those are positive here, every one: a classifier that sees no
+                 others learns nothing else.
 pseudo-labels    the class that it is sure of on a weak view of the other slices, on a strong one
 segmentation     Dice of the slices with masks
 KL               between masks of labelled and of other slices, pair by pair

@@ -80,6 +80,7 @@ def test_the_jobs_command_and_image():
         *("python", "-m", "sammix_jax.main", "--config=configs/lits.py"),
         "--config.data.root=gs://BUCKET/lits",
         "--workdir=gs://BUCKET/runs/lits",
+        "--config.model.sam_weights=gs://BUCKET/sam_vit_b.safetensors",
         "--config.train.batch_labelled=16",
         "--config.train.batch_unlabelled=16",
     ]
