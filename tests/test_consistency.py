@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sam_cases import TINY
 
 from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.consistency import follow, pseudo_masks, ramp
@@ -11,6 +12,7 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.splits import Split, kept_split, taught_scans
 from sammix_jax.losses import bce_loss, dice_loss
 from sammix_jax.optim import make_optimiser
+from sammix_jax.sam_mix import sam_mix
 from sammix_jax.sharding import BatchLayout, make_mesh, replicated
 from sammix_jax.systems.sam_mix import SamMixSystem, _views
 from sammix_jax.systems.system import Microbatch
@@ -78,7 +80,8 @@ def taught(config):
 def test_slices_without_masks_train_the_segmentation(taught):
     """From `start_step` on; their classification and the labelled slices are silenced here."""
     taught.consistency.start_step = 5
-    system, optimiser = SamMixSystem.of(taught), make_optimiser(taught.train, 30)
+    system = SamMixSystem(sam_mix(taught).clone(sam_variant=TINY), taught)
+    optimiser = make_optimiser(taught.train, 30)
     state = jax.jit(make_init(system, optimiser, taught))()
     batch = {
         "hu": np.random.default_rng(0).normal(0, 100, (4, 64, 64)).astype(np.int16),
