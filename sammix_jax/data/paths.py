@@ -8,6 +8,7 @@ nothing is appended, linked, renamed or mapped into memory, and a folder is what
 import fnmatch
 import functools
 import glob
+import logging
 import os
 import pathlib
 import re
@@ -17,6 +18,8 @@ import fsspec
 from etils import epath
 
 from sammix_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 Path = pathlib.Path | epath.Path
 
@@ -87,7 +90,12 @@ def find_below(folder: Path, pattern: str) -> Iterator[Path]:
 def _find_below(folder: pathlib.Path, pattern: str, above: frozenset) -> Iterator[pathlib.Path]:
     """Through links too, which data sets are gathered by, but to none of the folders above."""
     above |= {folder.resolve()}
-    for path in folder.iterdir():
+    try:
+        inside = list(folder.iterdir())
+    except PermissionError as error:  # such as the lost+found of a disk
+        _LOG.warning("%s: cannot be looked into (%s), and is left out.", folder, error)
+        return
+    for path in inside:
         if fnmatch.fnmatchcase(path.name, pattern):
             yield path
         elif path.is_dir() and path.resolve() not in above:

@@ -265,7 +265,7 @@ def read_annotation(
 
 
 def _is_any(voxels: np.ndarray, values: tuple[int, ...]) -> np.ndarray:
-    """np.isin in a seventh of its memory, which whole scans need."""
+    """np.isin without its copies, which of a whole scan take gigabytes."""
     found = np.zeros(voxels.shape, bool, order="F")
     for value in values:
         found |= voxels == value
