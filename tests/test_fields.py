@@ -293,7 +293,8 @@ class FakeStore:
 
     def __init__(self):
         self.records = {
-            name: types.SimpleNamespace(name=name, has_label=True) for name in "abcdefgh"
+            name: types.SimpleNamespace(name=name, has_label=True, unannotated=())
+            for name in "abcdefgh"
         }
 
     def slices(self, scan):
@@ -301,6 +302,9 @@ class FakeStore:
 
     def image_label(self, s):
         return int(s.position >= 5)
+
+    def has_mask(self, s):
+        return True
 
     def mask(self, s):
         return np.full((2, 2), self.image_label(s), np.uint8)
