@@ -104,13 +104,6 @@ def _safetensors(path: Path) -> dict[str, Stored]:
 
 def _pytorch(path: Path) -> dict[str, Stored]:
     torch = import_torch(path)
-    with path.open("rb") as file:
-        if file.read(8) == _MXNET:
-            raise UserError(
-                f"{path}: parameters of MXNet, expected a PyTorch file (docs/weights.md lists the "
-                "names of its arrays); read it with MXNet, as the public ports of ResNet-38 do, "
-                "and save its state dict with torch.save."
-            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd files, which the errors below name
@@ -138,6 +131,13 @@ def _pytorch(path: Path) -> dict[str, Stored]:
 
 
 def _refuse(path: Path, error: str) -> UserError:
+    with path.open("rb") as file:
+        if file.read(len(_MXNET)) == _MXNET:
+            return UserError(
+                f"{path}: parameters of MXNet, expected a PyTorch file (docs/weights.md lists the "
+                "names of its arrays); read it with MXNet, as the public ports of ResNet-38 do, "
+                "and save its state dict with torch.save."
+            )
     code = re.search(r"GLOBAL (\S+)|TorchScript", error)
     if code:
         return UserError(

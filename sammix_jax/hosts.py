@@ -76,6 +76,12 @@ def hides_progress() -> bool | None:
     return None if is_first() else True
 
 
+def usable_cores() -> int:
+    """Of this machine those that a job may use, where the system tells."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count()
+
+
 def wait_for_all(name: str) -> None:
     """Returns once every process has come here."""
     if jax.process_count() > 1:

@@ -39,9 +39,9 @@ def summarise(
 
     The interval is the percentile bootstrap over patients (Efron 1979; SciPy's), of 2000 resamples
     with a fixed seed: scans of one patient are drawn together, for they are no independent ones. It
-    says how the mean would vary over other such patients under the same
-    trained model; of few patients it is too narrow: of normal values it holds the true mean in 93%
-    of cases with 30 patients, 90% with 10, 85% with 5, and 74% with 3, of which it is the range.
+    says how the mean would vary over other such patients under the same trained model; of few
+    patients it is too narrow: of normal values it holds the true mean in 93% of cases with 30
+    patients, 90% with 10, 85% with 5, and 74% with 3, of which it is the range.
 
     Args:
       values: None where there is none, which is left out.

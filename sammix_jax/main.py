@@ -227,9 +227,9 @@ def _example_scan(config, store: SliceStore, workdir: Path) -> str:
     split, pattern = kept_split(workdir), config.data.patient
     unlabelled = [name for name, record in store.records.items() if not record.has_label]
     trained = {patient_of(name, pattern) for name in split.train}
-    unseen = [name for name in unlabelled if patient_of(name, pattern) not in trained]
     if config.consistency.weight > 0:
-        unseen = []
+        trained |= {patient_of(name, pattern) for name in unlabelled}
+    unseen = [name for name in unlabelled if patient_of(name, pattern) not in trained]
     name = [*unseen, *split.test, *split.val, *store.records][0]
     return store.records[name].image
 

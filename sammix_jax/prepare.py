@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import pathlib
 import shutil
 import time
@@ -66,7 +65,7 @@ def prepare(config, workdir) -> SliceStore:
     if missing:
         # Until all is done again, nobody takes the store for whole.
         (store / MANIFEST).unlink(missing_ok=True)
-        workers = data.workers or min(_cores(), MOST_WORKERS)
+        workers = data.workers or min(hosts.usable_cores(), MOST_WORKERS)
         finished |= _prepare_scans(missing, store, params, workers)
     records = [finished[scan.name] for scan in scans]
     manifest = {"version": VERSION, "params": params, "scans": [r.to_json() for r in records]}
@@ -130,12 +129,6 @@ def _phantom(data, workdir: Path) -> Path:
     domain = phantom.DOMAINS[made.domain]
     phantom.write_lits(root, made.scans, made.seed, domain, unlabelled=made.unlabelled)
     return root
-
-
-def _cores() -> int:
-    """Those that a job may use, where the system tells."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count()
 
 
 def _prepare_scans(scans, store: Path, params: dict, workers: int) -> dict:
@@ -229,7 +222,6 @@ def _write_folder(folder: pathlib.Path, arrays: dict, record: ScanRecord) -> Non
     # Two processes may prepare one store: each has a folder of its own until the scan is whole.
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(partial / name, array)

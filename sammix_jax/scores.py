@@ -166,7 +166,6 @@ def summarise_cases(cases: Sequence[Case], patient: str = "") -> dict:
     """
     status = [case.status for case in cases]
     unscored, scored = status.count("both_empty"), status.count("scored")
-
     patients = [whose(case.scan, patient) for case in cases]
 
     def moments(name: str, of=lambda value: value) -> dict | None:

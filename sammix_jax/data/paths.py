@@ -75,21 +75,12 @@ def version(path: Path) -> list:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def find_below(folder: Path, pattern: str) -> Iterator[Path]:
-    """What lies at any depth below the folder under a name such as `volume-*.nii*`."""
-    if not is_remote(folder):
-        yield from _find_below(folder, pattern, frozenset())
-        return
-    for path in folder.iterdir():
-        if fnmatch.fnmatchcase(path.name, pattern):
-            yield path
-        elif path.is_dir():
-            yield from find_below(path, pattern)
+def find_below(folder: Path, pattern: str, above: frozenset = frozenset()) -> Iterator[Path]:
+    """What lies at any depth below the folder under a name such as `volume-*.nii*`.
 
-
-def _find_below(folder: pathlib.Path, pattern: str, above: frozenset) -> Iterator[pathlib.Path]:
-    """Through links too, which data sets are gathered by, but to none of the folders above."""
-    above |= {folder.resolve()}
+    Through links too, which data sets are gathered by, but to none of the folders `above`.
+    """
+    above |= {resolved(folder)}
     try:
         inside = list(folder.iterdir())
     except PermissionError as error:  # such as the lost+found of a disk
@@ -98,8 +89,8 @@ def _find_below(folder: pathlib.Path, pattern: str, above: frozenset) -> Iterato
     for path in inside:
         if fnmatch.fnmatchcase(path.name, pattern):
             yield path
-        elif path.is_dir() and path.resolve() not in above:
-            yield from _find_below(path, pattern, above)
+        elif path.is_dir() and resolved(path) not in above:
+            yield from find_below(path, pattern, above)
 
 
 def find_matching(pattern: str) -> list[Path]:

@@ -16,6 +16,7 @@ from nibabel import orientations
 from scipy import ndimage
 from tqdm import tqdm
 
+from sammix_jax import hosts
 from sammix_jax.data.files import whole_file
 from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.phantom.anatomy import ORGANS, paint_abdomen
@@ -204,7 +205,7 @@ def _write(files: Callable[[int], Mapping], n: int, seed: int, domain: Domain) -
         return next(iter(wanted))
 
     def progress() -> Iterator[Path]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(hosts.usable_cores()) as pool:
             made = pool.map(patient, range(n))
             yield from tqdm(made, total=n, desc="phantom", unit="scan", disable=None)
 
