@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from sammix_jax.data.files import read_json, whole_file
-from sammix_jax.intervals import summarise
-from sammix_jax.results import CASES, RESULTS
+from sammix_jax.evaluation.intervals import summarise
+from sammix_jax.evaluation.results import CASES, RESULTS
 
 
 @dataclasses.dataclass(frozen=True)

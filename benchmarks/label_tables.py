@@ -19,7 +19,7 @@ from benchmarks.cells import (
     read_scores,
 )
 from configs.labels import VARIANTS
-from sammix_jax import figures
+from sammix_jax.evaluation import figures
 
 METRICS = {"dice": 3, "nsd": 3, "hd95_mm": 1, "assd_mm": 1}  # digits shown
 # What guides the segmentation, the same under every protocol: parts of results.json.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.cells import Row, Score, read_scores
 from sammix_jax.data.files import read_json, whole_file
-from sammix_jax.train_log import read_log
+from sammix_jax.training.log import read_log
 from sammix_jax.weights import BEGUN_FROM
 
 # Per volume and in mm, then per slice of those that show the organ and in pixels, as in the paper.

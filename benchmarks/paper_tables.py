@@ -12,8 +12,8 @@ from benchmarks import paper_record
 from benchmarks.cells import Cell, Key, cell_text, cells, in_order
 from benchmarks.paper_record import Record
 from configs.paper import SYSTEMS, get_config
-from sammix_jax import figures
 from sammix_jax.errors import UserError
+from sammix_jax.evaluation import figures
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES
 

@@ -19,7 +19,7 @@ from benchmarks.rows import make_portal
 from configs import paper
 from sammix_jax import prepare, train
 from sammix_jax.compilation import cache_compilations
-from sammix_jax.train_log import read_log
+from sammix_jax.training.log import read_log
 
 SEED, COUNT = 100, 50
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)

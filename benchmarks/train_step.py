@@ -54,10 +54,10 @@ def jax_step(
     import jax
 
     from configs import lits
-    from sammix_jax.optim import make_optimiser
     from sammix_jax.sharding import batch_layout, make_mesh, replicated
     from sammix_jax.systems.sam_mix import SamMixSystem
-    from sammix_jax.train_step import jit_train_step, make_init
+    from sammix_jax.training.optim import make_optimiser
+    from sammix_jax.training.step import jit_train_step, make_init
 
     config = lits.get_config("standard")
     config.model.image_size = side

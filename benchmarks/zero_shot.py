@@ -22,10 +22,11 @@ from flax import traverse_util
 from sammix_jax.config import default_config
 from sammix_jax.data import datasets, volumes
 from sammix_jax.data.geometry import slice_geometry
+from sammix_jax.data.masks import read_mask
 from sammix_jax.data.phantom import DOMAINS, write_totalsegmentator
+from sammix_jax.method.preprocess import window
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
-from sammix_jax.preprocess import window
 from sammix_jax.pretrain.score import (
     TEST,
     Prompted,
@@ -54,7 +55,7 @@ def organ_slices(root, organ: str, side: int) -> list[Prompted]:
     limits = default_config().input.window
     for scan in datasets.find_scans(root, organ):
         volume = volumes.read_volume(scan.image)
-        truth = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
+        truth = read_mask(scan.label, volume, scan.label_values, scan.known_values)
         geometry = slice_geometry(volume.hu.shape[1:], volume.spacing[1:], side, "fit")
         masks = np.stack([geometry.mask_to_square(mask) for mask in truth])
         shown = np.flatnonzero(masks.sum(axis=(1, 2)) >= LEAST_PIXELS)

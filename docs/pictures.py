@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sammix_jax.data import phantom
-from sammix_jax.data.volumes import read_mask, read_volume
+from sammix_jax.data.masks import read_mask
+from sammix_jax.data.volumes import read_volume
 
 FOLDER = pathlib.Path(__file__).parent / "images"
 WINDOW = (-160, 240)

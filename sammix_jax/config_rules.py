@@ -2,14 +2,17 @@
 
 import re
 
-from sammix_jax.augment import AUGMENTATIONS
-from sammix_jax.cam import COMPONENTS, METHODS
 from sammix_jax.data import paper
 from sammix_jax.data.geometry import RESIZES
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.phantom import DOMAINS
 from sammix_jax.data.splits import PARTS
 from sammix_jax.errors import UserError
+from sammix_jax.method.augment import AUGMENTATIONS
+from sammix_jax.method.cam import COMPONENTS, METHODS
+from sammix_jax.method.objective import CLASSIFICATION_LOSSES
+from sammix_jax.method.preprocess import NORMALISATIONS, SCALINGS
+from sammix_jax.method.sam_mix import BOX_SOURCES, DTYPES, FUSIONS
 from sammix_jax.models.baselines.prompted_sam import PROMPTS
 from sammix_jax.models.baselines.transunet import VARIANTS as TRANSUNETS
 from sammix_jax.models.lora import THIRDS
@@ -17,15 +20,12 @@ from sammix_jax.models.remat import POLICIES
 from sammix_jax.models.resnet import OUTPUT_STRIDES, STAGES
 from sammix_jax.models.sam.choice import MASK_CHOICES
 from sammix_jax.models.sam.variants import VARIANTS
-from sammix_jax.multimix_loss import KL_FORMS
-from sammix_jax.objective import CLASSIFICATION_LOSSES
-from sammix_jax.optim import OPTIMISERS, SCHEDULES
-from sammix_jax.preprocess import NORMALISATIONS, SCALINGS
-from sammix_jax.sam_mix import BOX_SOURCES, DTYPES, FUSIONS
 from sammix_jax.systems.multimix import IMAGE_LABELS
+from sammix_jax.systems.multimix_loss import KL_FORMS
 from sammix_jax.systems.named import SYSTEMS
 from sammix_jax.systems.rules import system_rules
 from sammix_jax.systems.system import PROTOCOLS
+from sammix_jax.training.optim import OPTIMISERS, SCHEDULES
 
 CHOICES = {
     "data.resize": RESIZES,

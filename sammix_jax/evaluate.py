@@ -1,6 +1,5 @@
 """Scores a trained model on whole scans, on their own grids, under each prompt protocol."""
 
-import dataclasses
 import functools
 import logging
 
@@ -8,63 +7,28 @@ import numpy as np
 from tqdm import tqdm
 
 from sammix_jax import hosts
-from sammix_jax.cam import mask_to_box
 from sammix_jax.data import datasets, hdf5, volumes
+from sammix_jax.data.masks import count_organ_pixels, read_mask
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import digest, image_digest, kept_split, training_scans
+from sammix_jax.data.split_files import digest, image_digest, kept_split, training_scans
 from sammix_jax.errors import UserError
+from sammix_jax.evaluation.results import (
+    Evaluation,
+    Example,
+    collect,
+    results_folder,
+    seen_before,
+    write_results,
+)
+from sammix_jax.evaluation.scores import Case, LabelledScan, score_guidance, score_scan
 from sammix_jax.inference import VolumePrediction, load_model, make_predict, predict_volume
+from sammix_jax.method.cam import mask_to_box
 from sammix_jax.prepare import kept_slices, store_folder
-from sammix_jax.results import collect, results_folder, seen_before, write_results
-from sammix_jax.scores import Case, LabelledScan, score_guidance, score_scan
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import scored_protocols
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A slice for the report: the one that shows most of the organ, on the store's grid (H, W).
-
-    Attributes:
-      case: the scan's scores under the first protocol.
-      slice: which of the scan's slices this is.
-      hu, truth, predicted, cam: (H, W) int16, bool, bool, and float in [0, 1]; no CAM where the
-        system has none.
-      box, true_box: (4,) XYXY in pixels; no box without a CAM, no true box where no slice shows the
-        organ.
-    """
-
-    case: Case
-    slice: int
-    hu: np.ndarray
-    truth: np.ndarray
-    predicted: np.ndarray
-    cam: np.ndarray | None
-    box: np.ndarray | None
-    true_box: np.ndarray | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What was found.
-
-    Attributes:
-      cases: of every scan under every protocol, the headline first.
-      results: the content of results.json.
-      examples: one a scan.
-    """
-
-    cases: list[Case]
-    results: dict
-    examples: list[Example]
-
-    @property
-    def summary(self) -> dict[str, dict]:
-        """By protocol, as `scores.summarise_cases` has it."""
-        return self.results["summary"]
 
 
 class IncompleteEvaluation(UserError):
@@ -242,17 +206,15 @@ def read_labelled(scan: datasets.Scan, config) -> LabelledScan:
     """Reads a scan and its mask, in canonical orientation.
 
     Raises:
-      UserError: as `volumes.read_volume` and `volumes.read_mask`.
+      UserError: as `volumes.read_volume` and `masks.read_mask`.
     """
     volume = volumes.read_volume(scan.image)
-    truth = volumes.read_mask(scan.label, volume, scan.label_values, scan.known_values)
+    truth = read_mask(scan.label, volume, scan.label_values, scan.known_values)
     depth, data = len(truth), config.data
     whole = range(depth)
     kept = kept_slices(depth, data.central_fraction, tuple(data.slice_range))
-    organ_pixels = volumes.organ_pixels(scan.label, truth)
-    return LabelledScan(
-        scan.name, volume, truth, organ_pixels, whole if volume.already_cut else kept
-    )
+    slices = whole if volume.already_cut else kept
+    return LabelledScan(scan.name, volume, truth, count_organ_pixels(scan.label, truth), slices)
 
 
 def scan_digests(scan: LabelledScan, prediction: VolumePrediction) -> tuple[str, str]:

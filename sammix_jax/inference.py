@@ -8,17 +8,17 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from sammix_jax import hosts
-from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
-from sammix_jax.optim import make_optimiser
-from sammix_jax.preprocess import scale_slices
+from sammix_jax.method.preprocess import scale_slices
 from sammix_jax.sharding import along_batch, filled_batch, make_mesh, state_sharding
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import SlicePredictions, System
-from sammix_jax.train_step import make_init
+from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.optim import make_optimiser
+from sammix_jax.training.step import make_init
 
 
 def make_predict(system: System, config, protocols: tuple[str, ...], gate: bool | None = None):

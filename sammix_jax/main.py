@@ -15,19 +15,21 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from sammix_jax import evaluate, hosts, plan, predict, prepare, report, results, sweep, train
+from sammix_jax import evaluate, hosts, plan, predict, prepare, sweep, train
 from sammix_jax.compilation import cache_compilations
 from sammix_jax.config import check_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data.datasets import natural
 from sammix_jax.data.paths import Path, as_path, find_matching
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import kept_split, patient_of
+from sammix_jax.data.split_files import kept_split
+from sammix_jax.data.splits import patient_of
 from sammix_jax.errors import UserError
+from sammix_jax.evaluation import report, results, seeds
+from sammix_jax.evaluation.tables import result_table
 from sammix_jax.pretrain.run import pretrain
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES
-from sammix_jax.tables import result_table
 
 MODES = {
     "train": "prepare if needed, train, evaluate, predict one case",
@@ -274,13 +276,13 @@ def _summarise(workdirs: list[Path]) -> None:
     config = _config("summarise", workdirs[0])
     check_config(config)
     found = [results.load_results(config, workdir) for workdir in workdirs]
-    means = results.over_seeds(found, [str(workdir) for workdir in workdirs])
+    means = seeds.over_seeds(found, [str(workdir) for workdir in workdirs])
     count, scans = len(means["runs"]), len(means["scans"])
     print(f"mean ± standard deviation over {count} runs, each its mean over {scans} scans\n")
     print(result_table(means))
     _print_warnings(means)
     if _OUTPUT.value:
-        results.write_over_seeds(_OUTPUT.value, means)
+        seeds.write_over_seeds(_OUTPUT.value, means)
         print(f"\nsummary     {as_path(_OUTPUT.value) / 'summary.json'}")
 
 

@@ -14,11 +14,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from sammix_jax.checkpoint import abstract
 from sammix_jax.errors import UserError
 from sammix_jax.flops import count_flops
 from sammix_jax.inference import make_predict
-from sammix_jax.optim import make_optimiser
 from sammix_jax.sharding import (
     along_batch,
     batch_layout,
@@ -29,7 +27,9 @@ from sammix_jax.sharding import (
 )
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES
-from sammix_jax.train_step import jit_train_step, make_init
+from sammix_jax.training.checkpoint import abstract
+from sammix_jax.training.optim import make_optimiser
+from sammix_jax.training.step import jit_train_step, make_init
 
 GIB = 2**30
 # GiB that a program may take on each device, as the compiler tells of one that takes more. A chip

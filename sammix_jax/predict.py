@@ -6,10 +6,13 @@ import logging
 
 import numpy as np
 
-from sammix_jax import figures, hosts
+from sammix_jax import hosts
 from sammix_jax.data import volumes
+from sammix_jax.data.masks import write_mask
+from sammix_jax.data.nifti import is_nifti, stem
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
+from sammix_jax.evaluation import figures
 from sammix_jax.inference import load_model, make_predict, predict_volume
 from sammix_jax.systems.system import ORACLES
 
@@ -74,8 +77,8 @@ def predict(config, workdir, source, target) -> list[Prediction]:
 
 
 def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Prediction:
-    volumes.write_mask(mask_path, mask, volume)
-    overlay = mask_path.with_name(f"{volumes.stem(mask_path)}_overlay.png")
+    write_mask(mask_path, mask, volume)
+    overlay = mask_path.with_name(f"{stem(mask_path)}_overlay.png")
     figures.save(figures.overlay(volume, mask, config.input.window), overlay)
     known = volume.has_spacing
     organ_ml = float(np.count_nonzero(mask) * volume.voxel_ml) if known else None
@@ -84,7 +87,7 @@ def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Predi
 
 def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     if source.is_dir():
-        if volumes.is_nifti(target):
+        if is_nifti(target):
             raise UserError(f"--output={target}: for a folder of scans give a folder.")
         cases = sorted([*source.glob("*/ct.nii"), *source.glob("*/ct.nii.gz")])
         if cases:  # TotalSegmentator's folders, where every scan is called ct
@@ -93,18 +96,18 @@ def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
             pairs = [
                 (scan, target / scan.name)
                 for scan in sorted(source.iterdir())
-                if volumes.is_nifti(scan) and not scan.name.startswith(NO_SCANS)
+                if is_nifti(scan) and not scan.name.startswith(NO_SCANS)
             ]
         if not pairs:
             raise UserError(
                 f"--input={source}: no scans there, expected .nii or .nii.gz files side by side, "
                 "or CASE/ct.nii.gz; convert DICOM with dcm2niix."
             )
-    elif volumes.is_nifti(target):
+    elif is_nifti(target):
         pairs = [(source, target)]
     else:
         raise UserError(f"--output={target}: for one scan give a name ending in .nii or .nii.gz.")
-    stems = [volumes.stem(mask) for _, mask in pairs]
+    stems = [stem(mask) for _, mask in pairs]
     repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
     if repeated:
         raise UserError(f"--input={source}: several scans are called {repeated[:5]}; rename one.")

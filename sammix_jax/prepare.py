@@ -24,6 +24,7 @@ from sammix_jax.config import differing_fields
 from sammix_jax.data import datasets, paper, phantom, volumes
 from sammix_jax.data.files import read_json, whole_file, write_json
 from sammix_jax.data.geometry import slice_geometry
+from sammix_jax.data.masks import count_organ_pixels, read_annotation
 from sammix_jax.data.paths import Path, absolute, as_path, is_remote, version
 from sammix_jax.data.slices import MANIFEST, SCAN, VERSION, ScanRecord, SliceStore
 from sammix_jax.errors import UserError
@@ -170,10 +171,10 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
     depth = volume.hu.shape[0]
     mask, organ_pixels, annotated = None, (), np.ones(depth, bool)
     if scan.label:
-        mask, annotated = volumes.read_annotation(
+        mask, annotated = read_annotation(
             scan.label, volume, scan.label_values, scan.known_values, scan.ignore_value
         )
-        organ_pixels = volumes.organ_pixels(scan.label, mask)
+        organ_pixels = count_organ_pixels(scan.label, mask)
     fraction, slice_range = params["central_fraction"], params["slice_range"]
     kept = range(depth) if volume.already_cut else kept_slices(depth, fraction, slice_range)
     if not kept:

@@ -5,9 +5,9 @@ import math
 
 from tqdm import tqdm
 
+from sammix_jax.method.sam_mix import DTYPES
 from sammix_jax.models.remat import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, plan_train
-from sammix_jax.sam_mix import DTYPES
 
 WHOLE = 2**20  # more queries than any grid has: attention is not cut in chunks
 

@@ -5,17 +5,16 @@ import math
 
 import jax
 
-from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.config import check_workdir, claim_workdir
 from sammix_jax.data.batches import Batches
 from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceId, SliceStore
-from sammix_jax.data.splits import Split, keep, load_or_draw, taught_scans
+from sammix_jax.data.split_files import keep, load_or_draw
+from sammix_jax.data.splits import Split, taught_scans
 from sammix_jax.errors import UserError
+from sammix_jax.evaluation.validate import validate
 from sammix_jax.inference import make_predict
-from sammix_jax.loop import Validation, run_steps
-from sammix_jax.optim import make_optimiser
 from sammix_jax.sharding import (
     batch_layout,
     make_mesh,
@@ -23,8 +22,10 @@ from sammix_jax.sharding import (
     state_sharding,
 )
 from sammix_jax.systems.named import make_system
-from sammix_jax.train_step import TrainState, jit_train_step, load_pretrained, make_init
-from sammix_jax.validate import validate
+from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.loop import Validation, run_steps
+from sammix_jax.training.optim import make_optimiser
+from sammix_jax.training.step import TrainState, jit_train_step, load_pretrained, make_init
 from sammix_jax.weights import BEGUN_FROM, digests
 
 _LOG = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 from sam_cases import TINY
 
 from sammix_jax import hosts
-from sammix_jax.checkpoint import Checkpoints, abstract
-from sammix_jax.sam_mix import sam_mix
+from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.sharding import (
     BatchLayout,
     batch_layout,
@@ -28,7 +27,8 @@ from sammix_jax.sharding import (
     state_sharding,
 )
 from sammix_jax.systems.sam_mix import SamMixSystem
-from sammix_jax.train_step import TrainState, jit_train_step, make_init
+from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.step import TrainState, jit_train_step, make_init
 
 STEPS = 10
 LEARNING_RATE = 0.002

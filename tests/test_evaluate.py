@@ -13,11 +13,11 @@ from sammix_jax.config import default_config, load_config
 from sammix_jax.data import datasets, phantom
 from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import training_scans
+from sammix_jax.data.split_files import training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import IncompleteEvaluation, _draw, evaluate, read_labelled
+from sammix_jax.evaluation.results import results_folder, saved_results
 from sammix_jax.predict import predict
-from sammix_jax.results import results_folder, saved_results
 
 
 @pytest.fixture

@@ -13,23 +13,23 @@ import pytest
 from conftest import small_config
 from sam_cases import TINY
 
-from sammix_jax import train_step
 from sammix_jax.config import default_config
-from sammix_jax.consistency import follow, pseudo_masks, ramp
 from sammix_jax.data import datasets, phantom
 from sammix_jax.data.phantom import DOMAINS
 from sammix_jax.data.slices import SliceId
-from sammix_jax.data.splits import load_or_draw
+from sammix_jax.data.split_files import load_or_draw
 from sammix_jax.evaluate import evaluate
 from sammix_jax.inference import make_predict, predict_slices
-from sammix_jax.optim import make_optimiser
+from sammix_jax.method.consistency import follow, pseudo_masks, ramp
+from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.prepare import prepare
-from sammix_jax.sam_mix import sam_mix
 from sammix_jax.sharding import BatchLayout
 from sammix_jax.systems import sam_mix as sam_mix_system
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.systems.system import OUTSIDE
-from sammix_jax.train_step import make_init, make_train_step
+from sammix_jax.training import step as train_step
+from sammix_jax.training.optim import make_optimiser
+from sammix_jax.training.step import make_init, make_train_step
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -86,7 +86,7 @@ TESTED = {
         "test_the_gate_empties_slices_called_negative": ("evaluate.gate",),
         "test_masks_do_not_depend_on_the_batch": ("evaluate.batch",),
     },
-    "test_optim.py": {
+    "training/test_optim.py": {
         "test_the_learning_rate_is_the_length_of_a_step": ("train.learning_rate",),
         "test_sgd_is_nnunets": ("train.optimiser",),
         "test_b2_says_how_soon_adam_forgets_a_large_gradient": ("train.adam_b2",),
@@ -97,10 +97,10 @@ TESTED = {
     "test_prepare.py": {
         "test_a_part_of_the_height_is_counted_from_the_feet": ("data.slice_range",),
     },
-    "test_preprocess.py": {
+    "method/test_preprocess.py": {
         "test_the_configs_window_becomes_the_unit_range": ("input.window", "input.scaling"),
     },
-    "test_sam_mix_fields.py": {
+    "method/test_sam_mix_fields.py": {
         "test_both_branches_see_the_normalised_slice": ("input.normalise",),
         "test_sam_and_its_input_size": ("model.sam", "model.image_size"),
         "test_lora_adds_two_factors_to_each_projection_named": (
@@ -119,7 +119,7 @@ TESTED = {
         "test_add_fuses_the_averaged_mask_with_every_channel": ("cam.soft",),
         "test_the_cams_box_prompts_unless_it_is_switched_off": ("cam.box",),
     },
-    "test_scores.py": {
+    "evaluation/test_scores.py": {
         "test_a_case_is_the_metrics_on_the_scans_own_grid": ("evaluate.nsd_tolerance",),
     },
     "test_sharding.py": {
@@ -129,20 +129,20 @@ TESTED = {
             "train.accumulate",
         ),
     },
-    "test_points.py": {
+    "systems/test_points.py": {
         "test_points_prompt_training_and_scoring": (
             "model.prompt",
             "train.points",
             "evaluate.points",
         ),
     },
-    "test_system_configs.py": {
+    "systems/test_system_configs.py": {
         "test_every_system_has_a_config_and_a_name": ("model.system",),
     },
-    "test_system_steps.py": {
+    "systems/test_system_steps.py": {
         "test_widths_and_variant_shape_the_networks": ("model.widths", "model.transunet"),
     },
-    "test_system_losses.py": {
+    "systems/test_system_losses.py": {
         "test_negatives_have_empty_masks_and_unknown_labels_no_say": ("loss.negatives",),
         "test_augmentation_is_the_one_named": ("train.augmentation",),
         "test_multimix_adds_up_and_says_whose_labels_count": (

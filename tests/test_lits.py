@@ -8,12 +8,12 @@ import pytest
 
 from configs import lits
 from sammix_jax.data import phantom
-from sammix_jax.optim import make_optimiser
 from sammix_jax.prepare import prepare
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train import train
-from sammix_jax.train_log import read_log
-from sammix_jax.train_step import make_init, make_train_step
+from sammix_jax.training.log import read_log
+from sammix_jax.training.optim import make_optimiser
+from sammix_jax.training.step import make_init, make_train_step
 
 
 def test_the_papers_step_is_sound_in_shape():

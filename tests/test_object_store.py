@@ -9,22 +9,24 @@ import object_store
 import pytest
 from etils import epath
 from object_store import ObjectStore, upload
-from test_report import DICES, evaluation
+from scored import DICES, evaluation
 
-from sammix_jax import main, prepare, train_log
+from sammix_jax import main, prepare
 from sammix_jax.config import check_workdir, claim_workdir, default_config, load_config
 from sammix_jax.config_rules import check_weight_files
 from sammix_jax.data import phantom
 from sammix_jax.data.datasets import find_scans
 from sammix_jax.data.files import local_copy, read_json, write_json
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.splits import keep, kept_split, load_or_draw, training_scans
+from sammix_jax.data.split_files import keep, kept_split, load_or_draw, training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import evaluate
+from sammix_jax.evaluation.report import write_report
+from sammix_jax.evaluation.results import load_results, write_results
+from sammix_jax.evaluation.seeds import over_seeds, write_over_seeds
 from sammix_jax.predict import predict
-from sammix_jax.report import write_report
-from sammix_jax.results import load_results, over_seeds, write_over_seeds, write_results
-from sammix_jax.train_log import TrainLog, read_log
+from sammix_jax.training import log as train_log
+from sammix_jax.training.log import TrainLog, read_log
 from sammix_jax.weights import read_weights, write_weights
 
 BUCKET = epath.Path("gs://bucket")

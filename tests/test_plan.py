@@ -13,9 +13,9 @@ from sam_cases import TINY
 from sammix_jax import plan, sweep
 from sammix_jax.errors import UserError
 from sammix_jax.flops import count_flops
+from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.models.remat import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, count_collectives, find_target
-from sammix_jax.sam_mix import sam_mix
 from sammix_jax.sharding import make_mesh
 from sammix_jax.systems.sam_mix import SamMixSystem
 

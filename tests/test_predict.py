@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from data.test_volumes import AXCODES, oriented
 
-from sammix_jax import figures
 from sammix_jax.config import load_config
 from sammix_jax.data import phantom
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
+from sammix_jax.evaluation import figures
 from sammix_jax.predict import predict
 
 # A rotation by 20° about two axes: no axis of the grid lies along one of the body.

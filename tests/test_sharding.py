@@ -13,7 +13,6 @@ from toy import Toy, toy_state
 
 from sammix_jax.config_rules import check_config
 from sammix_jax.errors import UserError
-from sammix_jax.optim import make_optimiser
 from sammix_jax.sharding import (
     BatchLayout,
     batch_layout,
@@ -23,7 +22,8 @@ from sammix_jax.sharding import (
     place_batch,
 )
 from sammix_jax.systems.sam_mix import SamMixSystem
-from sammix_jax.train_step import make_train_step
+from sammix_jax.training.optim import make_optimiser
+from sammix_jax.training.step import make_train_step
 
 TOLERANCE = 1e-5
 

@@ -11,26 +11,27 @@ import pytest
 from conftest import small_config
 from toy import Toy, toy_state
 
-from sammix_jax import loop, losses
 from sammix_jax import train as train_module
-from sammix_jax.cam import CamPrompt, cam_prompt, mask_to_box
-from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.config import default_config
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import evaluate
 from sammix_jax.inference import make_predict
-from sammix_jax.objective import sam_mix_loss
-from sammix_jax.optim import make_optimiser
+from sammix_jax.method import losses
+from sammix_jax.method.cam import CamPrompt, cam_prompt, mask_to_box
+from sammix_jax.method.objective import sam_mix_loss
+from sammix_jax.method.preprocess import scale_slices
+from sammix_jax.method.sam_mix import Masks, SamMixOutput
 from sammix_jax.prepare import prepare
-from sammix_jax.preprocess import scale_slices
-from sammix_jax.sam_mix import Masks, SamMixOutput
 from sammix_jax.sharding import BatchLayout, make_mesh, replicated
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train import train
-from sammix_jax.train_log import read_log
-from sammix_jax.train_step import TrainState, make_init, make_train_step
+from sammix_jax.training import loop
+from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.log import read_log
+from sammix_jax.training.optim import make_optimiser
+from sammix_jax.training.step import TrainState, make_init, make_train_step
 
 
 def final_state(config, workdir):

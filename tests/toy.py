@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
-from sammix_jax.cam import CamPrompt
-from sammix_jax.sam_mix import Masks, SamMixOutput
+from sammix_jax.method.cam import CamPrompt
+from sammix_jax.method.sam_mix import Masks, SamMixOutput
 from sammix_jax.sharding import first_of_each
-from sammix_jax.train_step import TrainState
+from sammix_jax.training.step import TrainState
 
 
 class Toy:

@@ -14,7 +14,7 @@ from benchmarks.nnunet.export import export
 from benchmarks.nnunet.score import PROTOCOL, score
 from sammix_jax.config import load_config
 from sammix_jax.errors import UserError
-from sammix_jax.tables import text
+from sammix_jax.evaluation.tables import text
 
 
 def main(argv: list[str] | None = None) -> int:

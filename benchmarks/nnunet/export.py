@@ -21,9 +21,10 @@ from benchmarks.nnunet.layout import (
 from sammix_jax.config import claim_workdir
 from sammix_jax.data import volumes
 from sammix_jax.data.files import write_json
+from sammix_jax.data.masks import read_mask
 from sammix_jax.data.paths import absolute, as_path, resolved
 from sammix_jax.data.slices import SliceId, SliceStore
-from sammix_jax.data.splits import keep, load_or_draw
+from sammix_jax.data.split_files import keep, load_or_draw
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import scans_to_score
 from sammix_jax.prepare import store_folder
@@ -185,7 +186,7 @@ def _write_training(layout: Layout, store: SliceStore, training: dict[str, Slice
     for name, cases in by_scan.items():
         record = store.records[name]
         volume = volumes.read_volume(record.image)
-        mask = volumes.read_mask(record.label, volume, record.label_values)
+        mask = read_mask(record.label, volume, record.label_values)
         for case, s in cases:
             z = record.slices[s.position]
             affine = slice_affine(volume, z)

@@ -21,7 +21,8 @@ import nibabel as nib
 import numpy as np
 
 from sammix_jax.data.files import read_json, whole_file
-from sammix_jax.data.volumes import CANONICAL, Volume
+from sammix_jax.data.nifti import CANONICAL
+from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 
 CASES = "cases.json"

@@ -12,13 +12,14 @@ from benchmarks.nnunet.layout import CASES, ENDING, Layout, canonical_affine, re
 from sammix_jax.config import load_config
 from sammix_jax.data import datasets, volumes
 from sammix_jax.data.geometry import slice_geometry
+from sammix_jax.data.masks import read_mask
 from sammix_jax.data.paths import as_path
-from sammix_jax.data.splits import training_scans
+from sammix_jax.data.split_files import training_scans
 from sammix_jax.errors import UserError
-from sammix_jax.evaluate import Evaluation, read_labelled, scan_digests
+from sammix_jax.evaluate import read_labelled, scan_digests
+from sammix_jax.evaluation.results import Evaluation, collect, results_folder, write_results
+from sammix_jax.evaluation.scores import PAPER_SIDE, Guidance, score_scan
 from sammix_jax.inference import SlicePredictions, VolumePrediction
-from sammix_jax.results import collect, results_folder, write_results
-from sammix_jax.scores import PAPER_SIDE, Guidance, score_scan
 
 # No prompt goes into nnU-Net, neither the true box nor a CAM's.
 PROTOCOL = "none"
@@ -59,7 +60,7 @@ def read_prediction(layout: Layout, case: str, scan: volumes.Volume) -> np.ndarr
         orientation=nib.io_orientation(affine),
     )
     try:
-        return volumes.read_mask(layout.prediction(case), exported, (1,), (0, 1))
+        return read_mask(layout.prediction(case), exported, (1,), (0, 1))
     except UserError as error:
         raise UserError(
             f"{error} It is of the scan {scan.path}: predict {exported.path} again, as `run` does."

@@ -1,0 +1,1 @@
+"""Files to batches: scans, masks, layouts of folders, splits and the slice store."""

@@ -15,8 +15,8 @@ import re
 
 from sammix_jax.data import hdf5
 from sammix_jax.data.files import read_json
+from sammix_jax.data.nifti import is_nifti, stem
 from sammix_jax.data.paths import Path, as_path, find_below
-from sammix_jax.data.volumes import is_nifti, stem
 from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)

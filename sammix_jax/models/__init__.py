@@ -1,0 +1,1 @@
+"""Networks, as Flax modules that know nothing of data or training."""

@@ -263,7 +263,7 @@ class ResNet(nn.Module):
 class Classifier(nn.Module):
     """Trunk, global average pooling and a linear head: the classifier of SAM-Mix.
 
-    With this head the Grad-CAM of a class is linear in the head's weights (`sammix_jax.cam`).
+    With this head the Grad-CAM of a class is linear in the head's weights (`method.cam`).
     Parameters are float32 under `trunk` and `head`; running statistics are in `batch_stats`.
 
     Attributes:

@@ -1,0 +1,1 @@
+"""Pretraining of a promptable SAM on drawn shapes."""

@@ -7,7 +7,7 @@ Points and boxes are x, y in pixels of the encoder's input, where pixel i has it
 import jax
 import jax.numpy as jnp
 
-from sammix_jax.cam import mask_to_box
+from sammix_jax.method.cam import mask_to_box
 
 JITTER = 0.1  # standard deviation of a box's corners, of its sides
 MOST_JITTER = 20 / 1024  # of the input's side

@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sammix_jax.checkpoint import Checkpoints, abstract
 from sammix_jax.config import check_workdir, claim_workdir
 from sammix_jax.data.paths import Path, as_path
 from sammix_jax.errors import UserError
 from sammix_jax.hosts import to_host
-from sammix_jax.loop import Validation, run_steps
 from sammix_jax.models.sam.sam import Sam
-from sammix_jax.optim import make_optimiser
 from sammix_jax.pretrain.scenes import SHAPES
 from sammix_jax.pretrain.score import VALIDATION, held_out_scenes, make_answer, prompt_ious
 from sammix_jax.pretrain.step import jit_pretrain_step, make_init
 from sammix_jax.sharding import along_batch, make_mesh, state_sharding
-from sammix_jax.train_step import load_pretrained
+from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.loop import Validation, run_steps
+from sammix_jax.training.optim import make_optimiser
+from sammix_jax.training.step import load_pretrained
 from sammix_jax.weights import write_weights
 
 _LOG = logging.getLogger(__name__)

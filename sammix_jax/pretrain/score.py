@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
-from sammix_jax.cam import mask_to_box
-from sammix_jax.losses import mask_iou
+from sammix_jax.method.cam import mask_to_box
+from sammix_jax.method.losses import mask_iou
+from sammix_jax.method.preprocess import to_rgb
 from sammix_jax.models.sam.choice import choose_masks
 from sammix_jax.models.sam.sam import Sam
-from sammix_jax.preprocess import to_rgb
 from sammix_jax.pretrain.scenes import draw_scenes
 from sammix_jax.pretrain.step import LARGEST, SMALLEST
 

@@ -18,16 +18,16 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from sammix_jax.losses import dice_costs, focal_costs, mask_iou
+from sammix_jax.method.losses import dice_costs, focal_costs, mask_iou
+from sammix_jax.method.preprocess import to_rgb
 from sammix_jax.models.sam.mask_decoder import MULTIMASK, SINGLE_MASK
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
-from sammix_jax.optim import merge_params
-from sammix_jax.preprocess import to_rgb
 from sammix_jax.pretrain.prompts import corrections, jittered_boxes, random_points
 from sammix_jax.pretrain.scenes import Scenes, draw_scenes
 from sammix_jax.sharding import along_batch, gather, replicated
-from sammix_jax.train_step import TrainState, apply_gradients, new_state
+from sammix_jax.training.optim import merge_params
+from sammix_jax.training.step import TrainState, apply_gradients, new_state
 
 FOCAL, DICE, IOU, AFFINITY = 20.0, 1.0, 1.0, 1.0  # weights of the loss
 SHARPNESS = 5.0  # of the cosine between two embeddings, as a logit
@@ -82,7 +82,7 @@ def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh, side: int):
 
     `numbers` (B,) int32 are the images' places in the batch; with the seed and the state's step
     they say which scenes are drawn, of `side` x `side` pixels. Metrics are as those of
-    `train_step.make_train_step`.
+    `training.step.make_train_step`.
     """
     settings = config.pretrain
     rows = along_batch(mesh, settings.images)

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sammix_jax.augment import AUGMENTATIONS
-from sammix_jax.losses import dice_loss
-from sammix_jax.objective import mask_loss
-from sammix_jax.preprocess import move, move_masks, scale_slices
+from sammix_jax.method.augment import AUGMENTATIONS
+from sammix_jax.method.losses import dice_loss
+from sammix_jax.method.objective import mask_loss
+from sammix_jax.method.preprocess import move, move_masks, scale_slices
 from sammix_jax.systems.system import Microbatch
 
 # Draws that are not augmentation's, which takes 0 and 1 of a slice's key.

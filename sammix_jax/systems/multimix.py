@@ -16,12 +16,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sammix_jax.augment import AUGMENTATIONS
+from sammix_jax.method.augment import AUGMENTATIONS
+from sammix_jax.method.objective import CLASSIFICATION_LOSSES
+from sammix_jax.method.preprocess import to_rgb
 from sammix_jax.models.baselines.multimix import MultiMix
-from sammix_jax.multimix_loss import kl_loss, pseudo_label_loss
-from sammix_jax.objective import CLASSIFICATION_LOSSES
-from sammix_jax.preprocess import to_rgb
 from sammix_jax.systems.masked import DROPOUT, STRONG, keys_for, segmentation, view_all
+from sammix_jax.systems.multimix_loss import kl_loss, pseudo_label_loss
 from sammix_jax.systems.system import (
     Microbatch,
     SlicePredictions,

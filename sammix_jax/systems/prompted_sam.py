@@ -9,10 +9,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sammix_jax.cam import mask_to_box
-from sammix_jax.losses import iou_loss
+from sammix_jax.method.cam import mask_to_box
+from sammix_jax.method.losses import iou_loss
+from sammix_jax.method.preprocess import to_rgb
 from sammix_jax.models.baselines.prompted_sam import PromptedSam, points_inside
-from sammix_jax.preprocess import to_rgb
 from sammix_jax.systems.masked import POINTS, keys_for, segmentation, view_masked
 from sammix_jax.systems.system import Microbatch, SlicePredictions, System, ruled_out
 

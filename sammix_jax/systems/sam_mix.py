@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sammix_jax.augment import AUGMENTATIONS
-from sammix_jax.cam import central_box, mask_to_box
-from sammix_jax.consistency import pseudo_masks, ramp
-from sammix_jax.objective import mask_loss, sam_mix_loss
-from sammix_jax.preprocess import move, move_masks, scale_slices
-from sammix_jax.sam_mix import SamMix, sam_mix
+from sammix_jax.method.augment import AUGMENTATIONS
+from sammix_jax.method.cam import central_box, mask_to_box
+from sammix_jax.method.consistency import pseudo_masks, ramp
+from sammix_jax.method.objective import mask_loss, sam_mix_loss
+from sammix_jax.method.preprocess import move, move_masks, scale_slices
+from sammix_jax.method.sam_mix import SamMix, sam_mix
 from sammix_jax.systems.system import (
     Microbatch,
     SlicePredictions,
@@ -22,7 +22,7 @@ from sammix_jax.systems.system import (
 
 @dataclasses.dataclass(frozen=True)
 class SamMixSystem(System):
-    """The method (`sammix_jax.sam_mix`)."""
+    """The method (`sammix_jax.method.sam_mix`)."""
 
     model: SamMix
     protocols = ("cam", "gt_box", "none")

@@ -10,6 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from sammix_jax.method.preprocess import to_rgb
 from sammix_jax.models.baselines.transunet import TransUNet
 from sammix_jax.models.baselines.unet import (
     NnUnet2d,
@@ -17,7 +18,6 @@ from sammix_jax.models.baselines.unet import (
     deep_supervision_weights,
     nnunet_widths,
 )
-from sammix_jax.preprocess import to_rgb
 from sammix_jax.systems.masked import DROPOUT, keys_for, segmentation, view_masked
 from sammix_jax.systems.system import Microbatch, SlicePredictions, System
 

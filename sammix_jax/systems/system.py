@@ -1,6 +1,6 @@
 """What the harness needs of a system, whatever is inside: the same data, steps and scores for all.
 
-A system is a network with its loss and its way to predict. The step (`train_step.py`) knows the
+A system is a network with its loss and its way to predict. The step (`training/step.py`) knows the
 loss alone; validation, evaluation and prediction know `predict` alone.
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sammix_jax.errors import UserError
-from sammix_jax.sam_mix import POSITIVE
+from sammix_jax.method.sam_mix import POSITIVE
 from sammix_jax.sharding import BatchLayout
 
 # What goes in when a model is scored.

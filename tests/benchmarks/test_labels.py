@@ -9,7 +9,7 @@ from configs.labels import VARIANTS
 from sammix_jax.config import claim_workdir
 from sammix_jax.data.files import write_json
 from sammix_jax.errors import UserError
-from sammix_jax.results import results_folder
+from sammix_jax.evaluation.results import results_folder
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ except ImportError:
 from configs import lits
 from convert.classifier_rules import RESNET38D
 from convert.sam_rules import OFFICIAL
-from sammix_jax.losses import cross_entropy
+from sammix_jax.method.losses import cross_entropy
+from sammix_jax.method.objective import sam_mix_loss
+from sammix_jax.method.preprocess import scale_slices
+from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.models.resnet import Classifier
-from sammix_jax.objective import sam_mix_loss
-from sammix_jax.optim import make_optimiser, merge_params, split_params
-from sammix_jax.preprocess import scale_slices
-from sammix_jax.sam_mix import sam_mix
+from sammix_jax.training.optim import make_optimiser, merge_params, split_params
 
 pytestmark = pytest.mark.torch
 

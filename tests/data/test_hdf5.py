@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sammix_jax.data import datasets, hdf5, volumes
+from sammix_jax.data.masks import count_organ_pixels, read_mask, write_mask
 from sammix_jax.errors import UserError
 from sammix_jax.prepare import prepare
 
@@ -51,7 +52,7 @@ def test_a_scan_and_its_mask(authors):
     # Slice10 after Slice9, which the alphabet would turn round.
     np.testing.assert_array_equal(scaled(scan.hu).view(np.uint16), scaled(HU).view(np.uint16))
     assert not scan.has_spacing and scan.axcodes == "LPS" and scan.already_cut
-    mask = volumes.read_mask(path, scan, (1, 2))
+    mask = read_mask(path, scan, (1, 2))
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, MASK > 0)
 
@@ -60,7 +61,7 @@ def test_a_scan_and_its_mask(authors):
 def test_the_image_level_label_is_the_files(authors, holder):
     path = authors(holder=holder)
     assert hdf5.read_image_labels(path).tolist() == [False, True, True]
-    assert volumes.organ_pixels(path, MASK > 0).tolist() == [0, 300, 1]
+    assert count_organ_pixels(path, MASK > 0).tolist() == [0, 300, 1]
 
 
 def test_a_folder_of_them(authors, tmp_path):
@@ -87,8 +88,8 @@ def test_a_store_of_them_holds_every_slice_and_its_label(authors, config, tmp_pa
 
 def test_a_mask_is_written_as_nifti(authors, tmp_path):
     scan = volumes.read_volume(authors())
-    volumes.write_mask(tmp_path / "mask.nii.gz", MASK > 0, scan)
-    back = volumes.read_mask(tmp_path / "mask.nii.gz", scan, (1,))
+    write_mask(tmp_path / "mask.nii.gz", MASK > 0, scan)
+    back = read_mask(tmp_path / "mask.nii.gz", scan, (1,))
     np.testing.assert_array_equal(back, MASK > 0)
     assert nib.load(tmp_path / "mask.nii.gz").shape == (256, 256, 3)
 
@@ -149,7 +150,7 @@ def test_what_is_no_file_of_theirs_is_named(authors, change, message):
 
     def read():
         scan = volumes.read_volume(path)
-        return volumes.organ_pixels(path, volumes.read_mask(path, scan, (1, 2)))
+        return count_organ_pixels(path, read_mask(path, scan, (1, 2)))
 
     if message is None:
         assert len(read()) == 2

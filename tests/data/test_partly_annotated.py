@@ -8,7 +8,8 @@ import pytest
 
 from sammix_jax.config import default_config
 from sammix_jax.data.slices import SliceId
-from sammix_jax.data.splits import load_or_draw, split_scans
+from sammix_jax.data.split_files import load_or_draw
+from sammix_jax.data.splits import split_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import scans_to_score
 from sammix_jax.prepare import prepare

@@ -8,15 +8,8 @@ import pytest
 
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.slices import ScanRecord, SliceStore
-from sammix_jax.data.splits import (
-    PARTS,
-    draw_labelled_slices,
-    image_digest,
-    keep,
-    load_or_draw,
-    split_scans,
-    training_scans,
-)
+from sammix_jax.data.split_files import image_digest, keep, load_or_draw, training_scans
+from sammix_jax.data.splits import PARTS, draw_labelled_slices, split_scans
 from sammix_jax.errors import UserError
 from sammix_jax.train import slices_without_masks
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sammix_jax.data import volumes
+from sammix_jax.data.masks import read_mask, write_mask
 from sammix_jax.errors import UserError
 
 AXCODES = [
@@ -41,7 +42,7 @@ def test_orientation_leaves_voxels_in_place(tmp_path, ct, code):
     assert volume.spacing == (5.0, 3.0, 2.0)
     np.testing.assert_array_equal(volume.hu, ct.transpose(2, 1, 0))
 
-    volumes.write_mask(tmp_path / "mask.nii.gz", volume.hu > 100, volume)
+    write_mask(tmp_path / "mask.nii.gz", volume.hu > 100, volume)
     mask = oriented(nib.load(tmp_path / "mask.nii.gz"), "LPS")
     np.testing.assert_array_equal(np.asarray(mask.dataobj), ct > 100)
     np.testing.assert_allclose(mask.affine, plain.affine)
@@ -59,7 +60,7 @@ def test_header_goes_out_as_it_came(tmp_path, ct):
     path = tmp_path / "scan.nii"
     nib.save(image, path)
     volume = volumes.read_volume(path)
-    volumes.write_mask(tmp_path / "mask.nii", volume.hu > 0, volume)
+    write_mask(tmp_path / "mask.nii", volume.hu > 0, volume)
 
     before, after = nib.load(path).header, nib.load(tmp_path / "mask.nii").header
     assert after.get_data_dtype() == np.uint8
@@ -83,7 +84,7 @@ def test_mask_values_choose_the_organ(write_scan, ct):
     scan = volumes.read_volume(write_scan("scan.nii.gz", ct))
     labels = np.random.default_rng(1).integers(0, 4, ct.shape).astype(np.uint8)
     path = write_scan("mask.nii.gz", labels)
-    mask = volumes.read_mask(path, scan, (1, 2))
+    mask = read_mask(path, scan, (1, 2))
     assert mask.sum() == np.isin(labels, (1, 2)).sum()
 
 
@@ -132,14 +133,14 @@ def test_refuses_masks_of_another_grid_or_place(write_scan, ct):
     mask = (ct > 100).astype(np.uint8)
     other_grid = write_scan("grid.nii.gz", mask.transpose(1, 0, 2))
     with pytest.raises(UserError, match=r"grid is \(16, 20, 6\).*\(20, 16, 6\)"):
-        volumes.read_mask(other_grid, scan, (1,))
+        read_mask(other_grid, scan, (1,))
     shifted = np.diag([2.0, 2.0, 5.0, 1.0])
     shifted[0, 3] = 1.0
     with pytest.raises(UserError, match="up to 1 mm"):
-        volumes.read_mask(write_scan("shift.nii.gz", mask, shifted), scan, (1,))
+        read_mask(write_scan("shift.nii.gz", mask, shifted), scan, (1,))
     blurred = write_scan("blurred.nii.gz", mask * np.float32(0.5))
     with pytest.raises(UserError, match="no whole numbers"):
-        volumes.read_mask(blurred, scan, (1,))
+        read_mask(blurred, scan, (1,))
 
 
 def test_refuses_a_degenerate_affine(write_scan, ct):
@@ -160,7 +161,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, write_scan, ct, monkeypatch):
 
     monkeypatch.setattr(nib, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        volumes.write_mask(tmp_path / "out" / "mask.nii.gz", scan.hu > 0, scan)
+        write_mask(tmp_path / "out" / "mask.nii.gz", scan.hu > 0, scan)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -170,13 +171,13 @@ def test_a_mask_without_spacing_is_taken_in_the_files_order(write_scan, ct, capl
     labels[3, 2, 1] = 1
     lost = np.eye(4)
     lost[:3, 3] = 1
-    found = volumes.read_mask(write_scan("lost.nii.gz", labels, lost), scan, (1,))
+    found = read_mask(write_scan("lost.nii.gz", labels, lost), scan, (1,))
     assert "the mask has no spacing" in caplog.text and "look whether they fit" in caplog.text
     placed = write_scan("placed.nii.gz", labels, scan.affine)
-    np.testing.assert_array_equal(found, volumes.read_mask(placed, scan, (1,)))
+    np.testing.assert_array_equal(found, read_mask(placed, scan, (1,)))
     lost[0, 3] = 7.5
     with pytest.raises(UserError, match="the mask's affine places its voxels"):
-        volumes.read_mask(write_scan("elsewhere.nii.gz", labels, lost), scan, (1,))
+        read_mask(write_scan("elsewhere.nii.gz", labels, lost), scan, (1,))
 
 
 def test_lost_spacing_and_tilted_gantry(write_scan, ct):
@@ -200,7 +201,7 @@ def test_a_scan_without_sform_and_qform_is_placed_nowhere(write_scan, ct, caplog
     nib.save(spaced, path)
     scan = volumes.read_volume(path)
     assert scan.has_spacing and scan.spacing == (5.0, 2.0, 2.0)
-    volumes.write_mask(path.with_name("mask.nii.gz"), scan.hu > 50, scan)
+    write_mask(path.with_name("mask.nii.gz"), scan.hu > 50, scan)
     np.testing.assert_array_equal(
         nib.load(path.with_name("mask.nii.gz")).get_fdata() > 0, np.asarray(ct) > 50
     )
@@ -229,8 +230,8 @@ def test_mask_values_that_nothing_names(write_scan, ct):
     scan = volumes.read_volume(write_scan("scan.nii.gz", ct))
     path = write_scan("mask.nii.gz", (ct > 100).astype(np.uint8) * 255)
     with pytest.raises(UserError, match=r"mask\.nii\.gz: the mask holds the values \[255\]"):
-        volumes.read_mask(path, scan, (1,), known_values=(0, 1))
-    assert volumes.read_mask(path, scan, (255,)).any()
+        read_mask(path, scan, (1,), known_values=(0, 1))
+    assert read_mask(path, scan, (255,)).any()
 
 
 def test_a_scan_without_air_is_told(write_scan, ct, caplog):

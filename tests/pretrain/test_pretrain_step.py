@@ -8,7 +8,6 @@ from drawing import TINY, draw_rectangles
 
 from configs.pretrain_mini import get_config
 from sammix_jax.models.sam.sam import Sam
-from sammix_jax.optim import make_optimiser
 from sammix_jax.pretrain import step as step_module
 from sammix_jax.pretrain.scenes import SHAPES, Scenes
 from sammix_jax.pretrain.step import (
@@ -19,6 +18,7 @@ from sammix_jax.pretrain.step import (
     promptable_loss,
 )
 from sammix_jax.sharding import make_mesh
+from sammix_jax.training.optim import make_optimiser
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sammix_jax.cam import mask_to_box
+from sammix_jax.method.cam import mask_to_box
 from sammix_jax.pretrain.prompts import (
     JITTER,
     MOST_JITTER,

@@ -11,7 +11,7 @@ from sammix_jax import hosts
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam import variants
 from sammix_jax.pretrain import run, score, step
-from sammix_jax.train_log import read_log
+from sammix_jax.training.log import read_log
 from sammix_jax.weights import load_weights, read_weights
 
 

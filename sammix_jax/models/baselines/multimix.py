@@ -2,7 +2,7 @@
 
 Source: Haque, Imran, Wang and Terzopoulos, "MultiMix: Sparingly-Supervised, Extreme Multitask
 Learning from Medical Images", ISBI 2021 (arXiv 2010.14731). What the paper leaves open is as in the
-authors' code (ayaanzhaque/MultiMix). The losses are in `sammix_jax.multimix_loss`.
+authors' code (ayaanzhaque/MultiMix). The losses are in `sammix_jax.systems.multimix_loss`.
 """
 
 from typing import NamedTuple

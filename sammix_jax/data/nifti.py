@@ -1,0 +1,127 @@
+"""NIfTI files, whole or refused, and the one orientation into which their voxels are brought.
+
+Canonical arrays are (D, H, W): D runs to the patient's Superior, H to Posterior and W to Left, so a
+slice drawn with `imshow` is the radiological view (anterior up, the patient's right on the left).
+Reorientation only permutes and flips axes: every voxel keeps its value and its place in the world.
+"""
+
+import gzip
+import pathlib
+import zlib
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
+from nibabel.spatialimages import HeaderDataError
+
+from sammix_jax.data.files import local_copy
+from sammix_jax.data.paths import Path
+from sammix_jax.errors import UserError
+
+CANONICAL = ("L", "P", "S")
+SUFFIXES = (".nii", ".nii.gz")
+# What nibabel, gzip and NumPy raise for files that are cut short or damaged.
+_UNREADABLE = (
+    ImageFileError,
+    HeaderDataError,
+    OSError,
+    EOFError,
+    OverflowError,
+    ValueError,
+    zlib.error,
+)
+
+
+def is_nifti(path) -> bool:
+    """Whether the file's name ends as a NIfTI file's does."""
+    return pathlib.PurePath(path).name.endswith(SUFFIXES)
+
+
+def stem(path) -> str:
+    """The file's name without `.nii` or `.nii.gz`."""
+    name = pathlib.PurePath(path).name
+    return name.removesuffix(".gz").removesuffix(".nii")
+
+
+def read_nifti(path: Path):
+    """The nibabel image and its scaled voxels, (I, J, K) in the order of the file.
+
+    Raises:
+      UserError: no whole file of one 3D image of plain numbers, or an affine that places none.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file.")
+    if not is_nifti(path):
+        raise UserError(
+            f"{path}: expected a NIfTI file (.nii or .nii.gz); convert DICOM with dcm2niix."
+        )
+    try:
+        with local_copy(path) as local:
+            image = nib.load(local)
+            with _opened(local) as file:
+                image = type(image).from_file_map({"image": FileHolder(fileobj=file)})
+                voxels = np.asanyarray(image.dataobj)
+                file.read()
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path}: cannot be read as NIfTI ({error}); the file is truncated or damaged, copy or "
+            "export it again."
+        ) from error
+    if voxels.ndim > 3 and set(voxels.shape[3:]) == {1}:
+        voxels = voxels.reshape(voxels.shape[:3], order="F")  # one phase of one channel
+    if voxels.ndim != 3:
+        raise UserError(
+            f"{path}: the image is {voxels.ndim}D with shape {voxels.shape}, expected one 3D "
+            "volume; save a single phase or stack the slices into one file."
+        )
+    if voxels.dtype.kind not in "iuf":
+        raise UserError(f"{path}: voxels of type {voxels.dtype}, expected plain numbers (HU).")
+    if 0 in voxels.shape:
+        raise UserError(f"{path}: the image has shape {voxels.shape}, expected voxels.")
+    affine = image.affine
+    if not (
+        np.isfinite(affine).all()
+        and abs(np.linalg.det(affine[:3, :3])) > 1e-9
+        and np.isfinite(nib.io_orientation(affine)).all()
+    ):
+        raise UserError(
+            f"{path}: the affine {affine.tolist()} places no volume in space; mend the "
+            "header's sform or qform."
+        )
+    return image, voxels
+
+
+def _opened(path: pathlib.Path):
+    """A file to be read to its end: there gzip holds what it gave against its checksum."""
+    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")
+
+
+def lost_spacing(affine: np.ndarray, placed: bool) -> bool:
+    """Whether the file no longer knows its spacing.
+
+    An identity affine is what a lost one looks like; some programs leave the origin at 1, and
+    without sform and qform it is made up.
+
+    Args:
+      affine: (4, 4), as nibabel gives it.
+      placed: `is_placed` of the image.
+    """
+    unit = np.array_equal(np.abs(affine[:3, :3]), np.eye(3))
+    return unit and (not placed or np.isin(affine[:3, 3], (0, 1)).all())
+
+
+def is_placed(image) -> bool:
+    """Whether the nibabel image says where its voxels lie, by a sform or a qform."""
+    return bool(image.header["sform_code"] or image.header["qform_code"])
+
+
+def canonical_transform(orientation: np.ndarray) -> np.ndarray:
+    """From a file's nibabel orientation, (3, 2), to the axes (L, P, S), as nibabel's transforms."""
+    return nib.orientations.ornt_transform(orientation, nib.orientations.axcodes2ornt(CANONICAL))
+
+
+def to_canonical(voxels: np.ndarray, orientation: np.ndarray) -> np.ndarray:
+    """(I, J, K) in the order of the file → (D, H, W), contiguous."""
+    lps = nib.apply_orientation(voxels, canonical_transform(orientation))
+    return np.ascontiguousarray(lps.transpose(2, 1, 0))

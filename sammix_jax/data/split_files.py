@@ -1,0 +1,251 @@
+"""What a workdir keeps of its data: the split, the labelled slices, and how to know its scans."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+
+from sammix_jax import hosts
+from sammix_jax.data.datasets import natural
+from sammix_jax.data.files import read_json, write_json
+from sammix_jax.data.hdf5 import is_hdf5
+from sammix_jax.data.paths import Path, as_path
+from sammix_jax.data.slices import SliceId, SliceStore
+from sammix_jax.data.splits import (
+    PARTS,
+    Split,
+    draw_labelled_slices,
+    patient_of,
+    split_scans,
+    taught_scans,
+)
+from sammix_jax.errors import UserError
+
+SPLIT, LABELS, SCANS, IMAGES = "split.json", "labels.json", "scans.json", "images.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingScans:
+    """What the scans that trained a workdir are known by.
+
+    Attributes:
+      digests: `image_digest` of each, and `digest` of the labelled ones.
+      chose: the same of those that chose its checkpoint.
+      hdf5: whether they are HDF5 files, whose copies in NIfTI have other digests.
+    """
+
+    digests: frozenset[str]
+    chose: frozenset[str]
+    hdf5: bool
+
+
+def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceId]]:
+    """The run's split and labelled slices: the workdir's, else the config's files, else drawn.
+
+    Writes nothing; `keep` does, once the run is known to be sound.
+
+    Raises:
+      UserError: no masks, bad files, or a workdir that was begun on other scans.
+    """
+    workdir = as_path(workdir)
+    labelled = [r.name for r in store.records.values() if r.has_label]
+    if not labelled:
+        raise UserError(
+            f"{store.root}: none of the {len(store.records)} scans has a mask; training needs some."
+        )
+    partly = {r.name for r in store.records.values() if r.unannotated}
+    _refuse_other_scans(store, workdir, taught=config.consistency.weight > 0)
+    split_path = _first_file(workdir / SPLIT, config.data.split_file)
+    if split_path:
+        split = _read_split(split_path, set(labelled))
+        _refuse_partly_annotated(split, split_path, partly)
+        _refuse_torn_patients(split, split_path, config.data.patient)
+    else:
+        data = config.data
+        split = split_scans(labelled, data.split, data.seed, data.patient, partly)
+    labels_path = _first_file(workdir / LABELS, config.data.labels_file)
+    if labels_path:
+        labels = _read_labels(labels_path, store, split)
+    else:
+        labels = draw_labelled_slices(
+            store, split.train, config.data.labelled_slices, config.data.labels_seed
+        )
+    return split, labels
+
+
+def keep(split: Split, labels: list[SliceId], store: SliceStore, workdir) -> None:
+    """Writes split.json and labels.json, in the form that `data.split_file` and `data.labels_file`
+    take; scans.json, by which the workdir knows its labelled scans again; and images.json, by which
+    it knows any of its scans without their masks."""
+    workdir = as_path(workdir)
+    write_json(workdir / SPLIT, dataclasses.asdict(split))
+    # The canonical slice index, which still holds for a store of other slices.
+    slices = [{"scan": s.scan, "slice": store.records[s.scan].slices[s.position]} for s in labels]
+    write_json(workdir / LABELS, slices)
+    # What the run was begun on stays, whatever was added since. To know the images each is read,
+    # which the process alone does that writes.
+    if not hosts.is_first() or (workdir / IMAGES).exists():
+        return
+    write_json(workdir / SCANS, _digests(store))
+    images = {
+        name: {"file": record.image, "digest": _image_digest(store, name)}
+        for name, record in store.records.items()
+    }
+    write_json(workdir / IMAGES, images)
+
+
+def kept_split(workdir) -> Split:
+    """The split that a workdir was trained on."""
+    fields = read_json(as_path(workdir) / SPLIT)
+    return Split(**{part: tuple(fields[part]) for part in PARTS})
+
+
+def training_scans(config, workdir) -> TrainingScans:
+    """The scans that trained a workdir: the split's, and with a teacher the unlabelled ones too.
+
+    Args:
+      config: the run's config; `config.consistency.weight` says whether there was a teacher.
+      workdir: a trained workdir.
+
+    Raises:
+      UserError: the workdir lacks one of its files.
+    """
+    workdir = as_path(workdir)
+    if not (workdir / IMAGES).exists():
+        raise UserError(
+            f"{workdir / IMAGES}: no such file, so nobody can tell which scans trained the model; "
+            "run the command that trained the workdir again, which writes the file."
+        )
+    labelled, images = read_json(workdir / SCANS), read_json(workdir / IMAGES)
+    split = kept_split(workdir)
+    unlabelled = ()
+    if config.consistency.weight > 0:
+        without = (name for name in images if name not in labelled)
+        unlabelled = taught_scans(without, split, config.data.patient)
+
+    def known_by(names) -> frozenset[str]:
+        found = {images[name]["digest"] for name in names}
+        return frozenset(found | {labelled[name] for name in names if name in labelled})
+
+    trained = (*split.train, *unlabelled)
+    hdf5 = any(is_hdf5(images[name]["file"]) for name in trained)
+    return TrainingScans(known_by(trained), known_by(split.val), hdf5)
+
+
+def digest(shape, affine, organ_pixels) -> str:
+    """What tells labelled scans apart, whatever their files' names and dates.
+
+    Args:
+      shape: (D, H, W) of the canonical volume.
+      affine: (4, 4) of the file, nested sequences.
+      organ_pixels: of each stored slice.
+    """
+    about = [list(shape), [list(row) for row in affine], [int(n) for n in organ_pixels]]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def image_digest(shape, middle: np.ndarray) -> str:
+    """What tells scans apart by their images alone, whatever their masks, affines and files.
+
+    Args:
+      shape: (D, H, W) of the canonical volume.
+      middle: (S, S) int16 HU on the store's grid, the slice at position N // 2 of the N kept ones.
+    """
+    about = json.dumps([int(n) for n in shape]).encode() + np.asarray(middle, "<i2").tobytes()
+    return hashlib.sha256(about).hexdigest()[:16]
+
+
+def _first_file(kept: Path, given: str) -> Path | None:
+    """A workdir once begun keeps its own file."""
+    return kept if kept.exists() else as_path(given) if given else None
+
+
+def _digests(store: SliceStore) -> dict[str, str]:
+    return {
+        name: digest(record.shape, record.affine, record.organ_pixels)
+        for name, record in store.records.items()
+        if record.has_label
+    }
+
+
+def _image_digest(store: SliceStore, name: str) -> str:
+    slices = store.slices(name)
+    return image_digest(store.records[name].shape, store.hu(slices[len(slices) // 2]))
+
+
+def _refuse_other_scans(store: SliceStore, workdir: Path, taught: bool) -> None:
+    """Labelled scans may join, which a split once kept leaves out; what a teacher teaches on is all
+    that has no mask, and must stay the same."""
+    path = workdir / SCANS
+    if not path.exists():
+        return
+    begun, now = read_json(path), _digests(store)
+    other = sorted(name for name in begun if begun[name] != now.get(name))
+    if taught and (workdir / IMAGES).exists():
+        without = set(read_json(workdir / IMAGES)) - set(begun)
+        other += sorted(without ^ (set(store.records) - set(now)))
+    if other:
+        raise UserError(
+            f"{workdir}: begun on other scans: {', '.join(other[:5])} changed, vanished or joined "
+            "since; give another --workdir, or bring back the scans as they were."
+        )
+
+
+def _read_split(path: Path, labelled: set[str]) -> Split:
+    fields = read_json(path)
+    if not isinstance(fields, dict) or set(fields) != set(PARTS):
+        raise UserError(f"{path}: expected an object with the lists {', '.join(PARTS)}.")
+    names = [name for part in PARTS for name in fields[part]]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise UserError(f"{path}: {repeated} stand in two parts; a patient belongs to one.")
+    unknown = sorted(set(names) - labelled)
+    if unknown:
+        raise UserError(f"{path}: {unknown} are no labelled scans of this data set; remove them.")
+    return Split(**{part: tuple(fields[part]) for part in PARTS})
+
+
+def _refuse_partly_annotated(split: Split, path: Path, partly: set[str]) -> None:
+    if held_out := sorted(partly & {*split.val, *split.test}, key=natural):
+        raise UserError(
+            f"{path}: {held_out[:5]} validate or test and are annotated in part, so nobody can "
+            "score them; annotate them throughout or let them train."
+        )
+
+
+def _refuse_torn_patients(split: Split, path: Path, pattern: str) -> None:
+    parts: dict[str, str] = {}
+    for part in PARTS:
+        for name in split.part(part):
+            patient = patient_of(name, pattern)
+            if parts.setdefault(patient, part) != part:
+                raise UserError(
+                    f"{path}: scans of {patient} stand in {parts[patient]} and in {part}; a "
+                    "patient belongs to one part (data.patient says whose a scan is)."
+                )
+
+
+def _read_labels(path: Path, store: SliceStore, split: Split) -> list[SliceId]:
+    labels = []
+    for entry in read_json(path):
+        try:
+            scan, index = entry["scan"], entry["slice"]
+        except (TypeError, KeyError) as error:
+            raise UserError(f'{path}: {entry!r}: expected {{"scan": …, "slice": …}}.') from error
+        if scan not in split.train:
+            raise UserError(
+                f"{path}: {scan} is no training scan; a label file must not reach past "
+                "the training patients."
+            )
+        if index not in store.records[scan].slices:
+            raise UserError(f"{path}: {scan} has no slice {index} in {store.root}.")
+        labels.append(SliceId(scan, store.records[scan].slices.index(index)))
+        if not store.has_mask(labels[-1]):
+            raise UserError(
+                f"{path}: slice {index} of {scan} is not annotated throughout; annotate it or "
+                "leave it out."
+            )
+    if not labels:
+        raise UserError(f"{path}: names no slice; expected at least one labelled slice.")
+    return labels

@@ -1,0 +1,157 @@
+"""Augmentation by name: how slices are moved, and how their grey values change.
+
+standard  `preprocess`: small moves, contrast, brightness, noise; no flips
+nnunet    after nnU-Net's 2D training (Isensee et al. 2021, Nature Methods 18, supplement, and its
+          code): any rotation, scale, mirrors, noise, blur, brightness, contrast, low resolution
+          and gamma, each with its own chance. Its grey values have standard deviation 1; here each
+          slice's own takes that place, and the result is cut to [0, 1]. Elastic deformation is
+          off there too.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.ndimage import map_coordinates
+
+from sammix_jax.method.preprocess import distort, random_moves
+
+ZOOM = (0.7, 1.4)
+BLUR = (0.5, 1.0)  # standard deviation, pixels
+TAPS = 3  # pixels to each side that a blur reaches
+NOISE_LEVEL = 0.1  # most, of the slice's standard deviation
+FACTOR = (0.75, 1.25)  # of brightness and of contrast
+LOW_RESOLUTION = 0.5  # least share of the side
+GAMMA = (0.7, 1.5)
+
+
+def nnunet_moves(keys: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """As `preprocess.random_moves`: rotation and scale each for one slice in five, mirrors on each
+    axis for every other one.
+
+    Args:
+      keys: (B,) random keys.
+      shape: (H, W) of the slices.
+
+    Returns:
+      (B, 2, H, W) float32.
+    """
+
+    def draw(key: jax.Array) -> jax.Array:
+        turn, angle, scale, zoom, flip = jax.random.split(jax.random.fold_in(key, 0), 5)
+        radians = jnp.where(
+            _chance(turn, 0.2), jax.random.uniform(angle, minval=-jnp.pi, maxval=jnp.pi), 0.0
+        )
+        low, high = ZOOM
+        factor = jax.random.uniform(zoom, minval=low, maxval=high)
+        # An object shown larger is read in smaller steps.
+        step = jnp.where(_chance(scale, 0.2), 1 / factor, 1.0)
+        sides = jnp.where(jax.random.bernoulli(flip, 0.5, (2,)), -1.0, 1.0)
+        cosine, sine = jnp.cos(radians), jnp.sin(radians)
+        matrix = step * jnp.array([[cosine, -sine], [sine, cosine]]) * sides
+        grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, shape), indexing="ij"))  # (2, H, W)
+        centre = ((jnp.asarray(shape, jnp.float32) - 1) / 2)[:, None, None]
+        # Multiplied out, not as a product of matrices: mirrored places must be whole numbers.
+        rows, columns = grid - centre
+        moved = jnp.stack([m[0] * rows + m[1] * columns for m in matrix])
+        return moved + centre
+
+    return jax.vmap(draw)(keys)
+
+
+def nnunet_distort(images: jax.Array, keys: jax.Array, strength: float = 1.0) -> jax.Array:
+    """As `preprocess.distort`, in nnU-Net's order.
+
+    Args:
+      images: (B, H, W) in [0, 1].
+      keys: (B,) random keys.
+      strength: by which noise and the ranges of brightness and contrast are multiplied.
+
+    Returns:
+      (B, H, W) float32 in [0, 1].
+    """
+
+    def draw(key: jax.Array, image: jax.Array) -> jax.Array:
+        noise, blur, brightness, contrast, resolution, inverted, gamma = jax.random.split(
+            jax.random.fold_in(key, 1), 7
+        )
+        low, high = (1 + strength * (factor - 1) for factor in FACTOR)
+        image = _sometimes(0.1, noise, image, lambda k, x: _noisy(k, x, strength))
+        image = _sometimes(0.2, blur, image, _blurred)
+        image = _sometimes(0.15, brightness, image, lambda k, x: x * _uniform(k, low, high))
+        image = _sometimes(
+            0.15, contrast, image, lambda k, x: _contrasted(x, _uniform(k, low, high))
+        )
+        image = _sometimes(0.25, resolution, image, _low_resolution)
+        image = _sometimes(0.1, inverted, image, lambda k, x: 1 - _curved(k, 1 - x))
+        image = _sometimes(0.3, gamma, image, _curved)
+        return jnp.clip(image, 0.0, 1.0)
+
+    return jax.vmap(draw)(keys, images.astype(jnp.float32))
+
+
+AUGMENTATIONS = {"standard": (random_moves, distort), "nnunet": (nnunet_moves, nnunet_distort)}
+
+
+def _chance(key: jax.Array, share: float) -> jax.Array:
+    return jax.random.bernoulli(key, share)
+
+
+def _uniform(key: jax.Array, low: float, high: float) -> jax.Array:
+    return jax.random.uniform(key, minval=low, maxval=high)
+
+
+def _sometimes(share: float, key: jax.Array, image: jax.Array, change) -> jax.Array:
+    drawn, own = jax.random.split(key)
+    return jnp.where(_chance(drawn, share), change(own, image), image)
+
+
+def _noisy(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
+    level, draw = jax.random.split(key)
+    sigma = strength * _uniform(level, 0.0, NOISE_LEVEL) * image.std()
+    return image + sigma * jax.random.normal(draw, image.shape)
+
+
+def _blurred(key: jax.Array, image: jax.Array) -> jax.Array:
+    sigma = _uniform(key, *BLUR)
+    kernel = jnp.exp(-0.5 * jnp.square(jnp.arange(-TAPS, TAPS + 1) / sigma))
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        around = jnp.pad(image, [(TAPS, TAPS) if a == axis else (0, 0) for a in (0, 1)], "edge")
+        length = image.shape[axis]
+        image = sum(
+            kernel[i] * jax.lax.slice_in_dim(around, i, i + length, axis=axis)
+            for i in range(2 * TAPS + 1)
+        )
+    return image
+
+
+def _contrasted(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """About the mean, within the range that the slice had."""
+    mean = image.mean()
+    return jnp.clip((image - mean) * factor + mean, image.min(), image.max())
+
+
+def _low_resolution(key: jax.Array, image: jax.Array) -> jax.Array:
+    """Every pixel of a smaller grid is read from the nearest one, and they are interpolated back.
+
+    The smaller image lies in the first rows and columns of one of full size, for its own size is
+    a draw. Linear, where nnU-Net has cubic.
+    """
+    share = _uniform(key, LOW_RESOLUTION, 1.0)
+    grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, image.shape), indexing="ij"))
+    coarse = map_coordinates(image, (grid + 0.5) / share - 0.5, order=0, mode="nearest")
+    last = jnp.floor(share * jnp.array(image.shape)) - 1
+    places = jnp.clip((grid + 0.5) * share - 0.5, 0, last[:, None, None])
+    return map_coordinates(coarse, places, order=1, mode="nearest")
+
+
+def _curved(key: jax.Array, image: jax.Array) -> jax.Array:
+    """A gamma curve over the slice's range; mean and standard deviation stay."""
+    side, value = jax.random.split(key)
+    low, high = GAMMA
+    # Below and above 1 are as likely.
+    gamma = jnp.where(_chance(side, 0.5), _uniform(value, low, 1.0), _uniform(value, 1.0, high))
+    least = image.min()
+    extent = jnp.maximum(image.max() - least, 1e-7)
+    curved = jnp.power((image - least) / extent, gamma) * extent + least
+    spread = jnp.maximum(curved.std(), 1e-7)
+    return (curved - curved.mean()) / spread * image.std() + image.mean()

@@ -1,0 +1,72 @@
+"""What is minimised: both tasks' losses, weighted by `config.loss`."""
+
+import jax
+import jax.numpy as jnp
+
+from sammix_jax.method import losses
+from sammix_jax.method.sam_mix import SamMixOutput
+
+CLASSIFICATION_LOSSES = {"cross_entropy": losses.cross_entropy, "focal": losses.focal_loss}
+
+
+def mask_loss(
+    logits: jax.Array,
+    target: jax.Array,
+    weights,
+    valid: jax.Array | None = None,
+    counted: jax.Array | None = None,
+) -> jax.Array:
+    """Dice, and cross-entropy beside it where `weights` (`config.loss`) has it.
+
+    Args:
+      logits, target: (N, H, W).
+      weights: `config.loss`.
+      valid: (N, H, W) bool, pixels that count; None counts all.
+      counted: (N,) float, by how much each slice counts; None counts all alike.
+    """
+    loss = losses.dice_loss(logits, target, weights.dice_smooth, counted, valid)
+    if weights.bce:
+        loss += weights.bce * losses.bce_loss(logits, target, counted, valid)
+    return loss
+
+
+def sam_mix_loss(
+    output: SamMixOutput,
+    masks: jax.Array,
+    image_label: jax.Array,
+    weights,
+    segmentation_share: jax.Array | float = 1.0,
+    classification_share: jax.Array | float = 1.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The multitask loss: classification of every slice, segmentation of the labelled ones.
+
+    Args:
+      output: of B slices, of which L are segmented.
+      masks: (L, H, W) in {0, 1}.
+      image_label: (B,) int32: 1 the slice shows the organ, 0 it does not, -1 unknown and left out.
+      weights: `config.loss`.
+      segmentation_share, classification_share: by which the weights are multiplied.
+
+    Returns:
+      The loss, and its parts by name; scalars.
+    """
+    known = (image_label >= 0).astype(jnp.float32)
+    classify = CLASSIFICATION_LOSSES[weights.classifier]
+    classification = classification_share * classify(
+        output.class_logits, jnp.maximum(image_label, 0), weights=known
+    )
+    logits, candidates, iou = output.masks
+    segmentation = mask_loss(logits, masks, weights)
+    if weights.iou:
+        truth = jnp.broadcast_to(masks[:, None], candidates.shape)  # (L, M, H, W)
+        segmentation += weights.iou * losses.iou_loss(iou, candidates, truth)
+    segmentation_weight = weights.segmentation * segmentation_share
+    loss = weights.classification * classification + segmentation_weight * segmentation
+    correct = jnp.argmax(output.class_logits, axis=-1) == image_label
+    return loss, {
+        "loss": loss,
+        "classification_loss": classification,
+        "dice_loss": losses.dice_loss(logits, masks, smooth=weights.dice_smooth),
+        "accuracy": classification_share * (correct * known).sum() / jnp.maximum(known.sum(), 1),
+        "empty_cams": jnp.mean(output.prompt.empty.astype(jnp.float32)),
+    }

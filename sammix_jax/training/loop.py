@@ -1,0 +1,153 @@
+"""The loop of a run: steps, log, validation and checkpoints, until the last step or a SIGTERM."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import jax
+from tqdm import tqdm
+
+from sammix_jax import hosts
+from sammix_jax.data.batches import prefetch
+from sammix_jax.training.checkpoint import Checkpoints
+from sammix_jax.training.log import TrainLog, read_log
+from sammix_jax.training.monitor import Profile, Timer, memory, refuse_not_finite
+from sammix_jax.training.step import TrainState
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """How a run measures itself while it trains.
+
+    Attributes:
+      measure: `(state, stop) -> scores`; raises `hosts.Terminated` where `stop()` says so.
+      best: name of the score by which the best checkpoint is chosen, where it is among them.
+    """
+
+    measure: Callable[[TrainState, Callable[[], bool]], dict[str, float]]
+    best: str
+
+
+def run_steps(
+    state: TrainState,
+    train_step,
+    batch_of,
+    steps: int,
+    *,
+    config,
+    workdir,
+    checkpoints: Checkpoints,
+    images: int,
+    validation: Validation | None = None,
+    goes_on: bool = False,
+) -> TrainState:
+    """Takes the steps that are left.
+
+    Args:
+      state: of the step to begin with; given up for the returned one.
+      train_step: `(state, batch) -> (state, metrics)`, jitted.
+      batch_of: `step -> batch`, on the devices.
+      steps: at which the run ends.
+      config: the run's; reads `log` and `checkpoint`.
+      workdir: receives metrics.csv and tensorboard.
+      checkpoints: of the workdir.
+      images: in a batch, for the throughput.
+      validation: at every `log.validate_every_steps`; None does without.
+      goes_on: whether other steps follow, so that a SIGTERM during the last one counts too.
+
+    Raises:
+      UserError: a number that is not finite.
+      hosts.Terminated: SIGTERM, once the state is saved.
+    """
+    start = int(state.step)
+    save_steps = save_interval(config.checkpoint.every_steps)
+    before, timer, paths = None, Timer(), sorted(state.trainable)
+
+    def validate_at(step: int, stop=lambda: False) -> None:
+        with timer.part("validation"):
+            scores = validation.measure(state, stop)
+            if validation.best in scores:
+                checkpoints.save_best(state, step, scores[validation.best])
+        log.write(step, {f"val/{name}": value for name, value in scores.items()})
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        _LOG.info("step %d of %d: validation %s", step, steps, listed)
+
+    def save(step: int) -> None:
+        with timer.part("checkpoint"):
+            checkpoints.save(state, step)
+
+    # A run that was stopped at such a step saved it, and had no time to validate.
+    validated = {step for step, name, _ in read_log(workdir) if name.startswith("val/")}
+    owed = start and start % config.log.validate_every_steps == 0 and start not in validated
+    quiet = hosts.hides_progress()
+    with (
+        TrainLog(workdir, start) as log,
+        hosts.Termination(start) as termination,
+        Profile(workdir, *config.log.profile) as profile,
+        contextlib.closing(prefetch(batch_of, start, steps)) as ahead,
+        tqdm(initial=start, total=steps, desc="train", unit="step", disable=quiet) as bar,
+    ):
+        if validation and owed:
+            validate_at(start)
+        for done in range(start + 1, steps + 1):
+            profile.at(done - 1)
+            with timer.part("data"):
+                _, batch = next(ahead)
+            # Only what is asked for moves between host and device.
+            with timer.part("step"), jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, batch)
+                # The step before has ended or is about to: looking at it delays nothing.
+                if before is not None:
+                    refuse_not_finite(done - 1, before, paths)
+                before = metrics
+            bar.update()
+            due = _due(done, steps)
+            told = due(config.log.every_steps)
+            # All processes ask after each step, and stop at the same one, where there is no
+            # time to validate; the last step ends the run anyway.
+            more = goes_on or done < steps
+            stop = termination.asked(done) and more
+            validates = validation and due(config.log.validate_every_steps) and not stop
+            saves = stop or due(save_steps)
+            if told or validates or saves:
+                with timer.part("step"):
+                    refuse_not_finite(done, metrics, paths)
+            timer.count(images)
+            if told:
+                values = {k: float(v) for k, v in jax.device_get(metrics).items() if not v.ndim}
+                values |= timer.report() | memory()
+                log.write(done, {f"train/{name}": value for name, value in values.items()})
+                bar.set_postfix(loss=f"{values['loss']:.3f}")
+            # Before validation, which takes long: a run that is stopped in it goes on from here,
+            # and validates then. What has its last state saved is whole, and validates no more.
+            if saves and done < steps:
+                save(done)
+            if validates:
+                try:
+                    validate_at(done, lambda: termination.asked_alone() and more)  # noqa: B023
+                except hosts.Terminated:
+                    stop = True
+            if stop or done == steps:
+                save(done)
+            if stop or config.checkpoint.every_steps == 1:
+                with timer.part("checkpoint"):
+                    checkpoints.wait()
+            if stop:
+                raise hosts.Terminated(f"stopped after step {done} of {steps}, which is saved")
+    return state
+
+
+def save_interval(every_steps: int) -> int:
+    """Steps between checkpoints, so that a run killed at any moment loses `every_steps` at most.
+
+    A save goes on while the next steps are taken, and dies with the process; the one before it must
+    lie near enough. Saves wait for one another, so half the interval suffices.
+    """
+    return max(1, every_steps // 2)
+
+
+def _due(done: int, steps: int):
+    return lambda every: done % every == 0 or done == steps

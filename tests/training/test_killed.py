@@ -1,0 +1,95 @@
+"""A run that is stopped at any moment, by any signal, goes on where it was."""
+
+import pathlib
+import random
+import re
+import signal
+import time
+
+import pytest
+from processes import finish, start
+
+from sammix_jax.hosts import TERMINATED
+from sammix_jax.prepare import prepare
+from sammix_jax.training.checkpoint import Checkpoints
+from sammix_jax.training.log import read_log
+
+INTERVAL = 6
+KILLS = 20
+
+
+@pytest.fixture
+def command(config, tmp_path):
+    """A run that would last for hours, on a store that is prepared."""
+    config.data.split = (3, 0, 1)
+    prepare(config, tmp_path)
+    fields = {
+        "data.size": 64,
+        "data.phantom.scans": 5,
+        "data.phantom.unlabelled": 1,
+        "data.split": "(3, 0, 1)",
+        "data.labelled_slices": 12,
+        "train.batch_labelled": 4,
+        "train.batch_unlabelled": 2,
+        "train.steps": 1_000_000,
+        "log.every_steps": 1,
+        "checkpoint.every_steps": INTERVAL,
+    }
+    return [
+        "tests/toy_run.py",
+        "--config=configs/quickstart.py:random",
+        f"--workdir={tmp_path}",
+        *(f"--config.{field}={value}" for field, value in fields.items()),
+    ]
+
+
+def last_logged(workdir) -> int:
+    return max((step for step, _, _ in read_log(workdir)), default=0)
+
+
+def first_step(output: str) -> int:
+    return int(re.search(r"training from step (\d+)", output)[1])
+
+
+def wait_for_steps(process, workdir, after: int) -> None:
+    deadline = time.monotonic() + 120
+    while last_logged(workdir) <= after:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no step was taken"
+        time.sleep(0.05)
+
+
+def test_killed_at_any_moment_it_loses_one_interval_at_most(command, tmp_path):
+    """SIGKILL, at random moments after the first new step; most of them within a save."""
+    latest = pathlib.Path(tmp_path, "checkpoints", "latest")
+    moments = random.Random(0)
+    reached, within_a_save = 0, 0
+    for kill in range(KILLS):
+        process = start(command)
+        wait_for_steps(process, tmp_path, after=reached if kill else 0)
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        output, _ = process.communicate()
+        within_a_save += any("tmp" in path.name for path in latest.iterdir())
+        if kill:  # this process resumed what the one before had reached
+            assert reached - INTERVAL <= first_step(output) <= reached, output
+            assert "damaged" not in output
+        reached = last_logged(tmp_path)
+    assert within_a_save >= KILLS // 4
+    assert reached > KILLS
+
+
+def test_terminated_it_saves_the_very_step(command, tmp_path):
+    process = start(command)
+    wait_for_steps(process, tmp_path, after=2 * INTERVAL)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, TERMINATED)
+    stopped = int(re.search(r"stopped after step (\d+) of 1000000, which is saved", output)[1])
+    assert "run the same command to go on" in output
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == stopped >= last_logged(tmp_path) > 2 * INTERVAL
+
+    process = start(command)
+    wait_for_steps(process, tmp_path, after=stopped)
+    process.kill()
+    assert first_step(process.communicate()[0]) == stopped

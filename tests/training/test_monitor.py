@@ -1,0 +1,135 @@
+"""A run watches itself."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import Toy
+
+from sammix_jax import train as train_module
+from sammix_jax.errors import UserError
+from sammix_jax.prepare import prepare
+from sammix_jax.systems.sam_mix import SamMixSystem
+from sammix_jax.train import train
+from sammix_jax.training.checkpoint import Checkpoints
+from sammix_jax.training.log import read_log
+from sammix_jax.training.loop import save_interval
+from sammix_jax.training.monitor import Profile, Timer, memory, refuse_not_finite
+
+
+def metrics_with(**others):
+    sound = {"loss": 1.0, "dice_loss": 0.5, "gradient_norm": 2.0, "parameter_norm": 3.0}
+    norms = np.ones((2, 3), np.float32)
+    return {k: jnp.asarray(v) for k, v in (sound | {"leaf_norms": norms} | others).items()}
+
+
+def test_sound_numbers_pass():
+    refuse_not_finite(3, metrics_with(), ["a", "b", "c"])
+
+
+def test_the_culprit_is_named():
+    norms = np.ones((2, 3), np.float32)
+    norms[0, 1] = np.inf
+    with pytest.raises(UserError) as told:
+        refuse_not_finite(
+            7, metrics_with(gradient_norm=np.inf, leaf_norms=norms), ["a", "sam/b", "c"]
+        )
+    assert "step 7: gradient_norm, gradient of sam/b is not finite" in str(told.value)
+    with pytest.raises(UserError, match="step 8: dice_loss, loss is not finite"):
+        refuse_not_finite(8, metrics_with(loss=np.nan, dice_loss=np.nan), ["a", "b", "c"])
+
+
+def test_many_culprits_are_counted():
+    norms = np.full((2, 9), np.nan, np.float32)
+    with pytest.raises(UserError, match=r"gradient of p4, 4 more, value of p0"):
+        refuse_not_finite(
+            1, metrics_with(loss=np.nan, leaf_norms=norms), [f"p{i}" for i in range(9)]
+        )
+
+
+@pytest.fixture
+def toy_config(config, monkeypatch):
+    """A config whose model is compiled in a moment."""
+    monkeypatch.setattr(train_module, "make_system", lambda c: SamMixSystem(Toy(), c))
+    config.data.split = (3, 0, 1)
+    config.train.steps, config.train.augment = 12, False
+    config.checkpoint.every_steps = 4
+    config.log.every_steps = 100
+    return config
+
+
+def test_the_very_step_is_told_and_the_checkpoint_before_is_sound(
+    toy_config, tmp_path, monkeypatch
+):
+    """Though nothing else looks at step 7 of 12: neither log nor checkpoint."""
+    place = train_module.place_batch
+
+    def poisoned(batches, step, layout, mesh):
+        batch = place(batches, step, layout, mesh)
+        return batch | {"mask": batch["mask"] * jnp.nan} if step == 6 else batch
+
+    monkeypatch.setattr(train_module, "place_batch", poisoned)
+    with pytest.raises(UserError, match=r"step 7: dice_loss, .*loss, .*sam/kernel"):
+        train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 6
+    monkeypatch.setattr(train_module, "place_batch", place)
+    assert train(toy_config, tmp_path, prepare(toy_config, tmp_path)) is True
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 12
+
+
+def test_nothing_moves_to_the_device_unasked(toy_config, tmp_path, monkeypatch):
+    place = train_module.place_batch
+    on_host = lambda *args: jax.device_get(place(*args))  # noqa: E731
+    monkeypatch.setattr(train_module, "place_batch", on_host)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+
+
+def test_the_log_tells_time_by_part_and_memory(workdir):
+    names = {name for _, name, _ in read_log(workdir)}
+    parts = {f"train/seconds/{part}" for part in ("data", "step", "validation", "checkpoint")}
+    assert parts | {"train/host_mib", "train/slices_per_second"} <= names
+    assert not any("leaf_norms" in name for name in names)
+
+
+def test_a_timer_leaves_out_what_comes_now_and_then():
+    timer = Timer()
+    with timer.part("step"):
+        time.sleep(0.05)
+    timer.count(10)
+    with timer.part("validation"):
+        time.sleep(0.3)
+    found = timer.report()
+    assert found["seconds/validation"] >= 0.3 > found["seconds/step"] >= 0.05
+    # Ten slices in the 0.05 s and what the machine took besides, but not in the 0.3 s.
+    assert 10 / (found["seconds/step"] + 0.3) < found["slices_per_second"] <= 200
+    assert timer.report()["slices_per_second"] == 0
+
+
+def test_memory_is_that_of_the_process():
+    assert 100 < memory()["host_mib"] < 200_000
+
+
+def test_a_trace_is_written_of_the_steps_asked_for(tmp_path):
+    def traced(start, stop):
+        folder = tmp_path / f"{start}-{stop}"
+        with Profile(folder, start, stop) as profile:
+            for step in range(6):
+                profile.at(step)
+                jnp.ones(3).sum().block_until_ready()
+        return list(folder.rglob("*.xplane.pb"))
+
+    assert len(traced(2, 4)) == len(traced(4, 100)) == 1
+    assert not traced(0, 0)
+
+
+@pytest.mark.parametrize("every", [2, 3, 4, 6, 100])
+def test_a_kill_while_saving_costs_one_interval_at_most(every):
+    """Killed just before the save of step n is whole, which the next save waits for."""
+    between = save_interval(every)
+    assert 2 * between <= every
+    assert save_interval(1) == 1  # and there each save is waited for
