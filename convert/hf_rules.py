@@ -6,7 +6,7 @@ from convert.rules import CONV, DECONV, LINEAR, NORM, VALUE, Rule, Table
 from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import Path
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
-from sammix_jax.models.sam.variants import get_variant
+from sammix_jax.models.sam.variants import SamVariant
 from sammix_jax.weights import save_arrays
 
 _MLP = {1: "proj_in", 2: "layers.0", 3: "proj_out"}
@@ -104,21 +104,23 @@ HUGGING_FACE = Table(
 )
 
 
-def write_folder(folder: Path, arrays: dict[str, np.ndarray], variant: str) -> None:
+def write_folder(
+    folder: Path, arrays: dict[str, np.ndarray], sizes: SamVariant, normalise: str
+) -> None:
     """Writes what `SamModel.from_pretrained` and `SamProcessor.from_pretrained` read.
 
     Args:
       folder: new or empty.
       arrays: in Hugging Face's layout.
-      variant: whose sizes go into config.json.
+      sizes: of the model and its images, for config.json.
+      normalise: `input.normalise` of the training, for preprocessor_config.json.
     """
     save_arrays(folder / "model.safetensors", arrays, {"format": "pt"})
-    write_json(folder / "config.json", _model_config(variant))
-    write_json(folder / "preprocessor_config.json", _processor_config(variant))
+    write_json(folder / "config.json", _model_config(sizes))
+    write_json(folder / "preprocessor_config.json", _processor_config(sizes, normalise))
 
 
-def _model_config(variant: str) -> dict:
-    sizes = get_variant(variant)
+def _model_config(sizes: SamVariant) -> dict:
     return {
         "architectures": ["SamModel"],
         "model_type": "sam",
@@ -158,9 +160,11 @@ def _model_config(variant: str) -> dict:
     }
 
 
-def _processor_config(variant: str) -> dict:
-    """SAM's preprocessing: resize the longer side, normalise, pad to a square."""
-    sizes = get_variant(variant)
+def _processor_config(sizes: SamVariant, normalise: str) -> dict:
+    """SAM's preprocessing: resize the longer side, normalise, pad to a square.
+
+    Images that were not normalised as SAM's lay in [0, 1], where the rescaling brings them.
+    """
     low = 4 * sizes.grid_size
     return {
         "image_processor_type": "SamImageProcessor",
@@ -172,7 +176,7 @@ def _processor_config(variant: str) -> dict:
         "resample": 2,  # bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
+        "do_normalize": normalise == "sam",
         "image_mean": [round(float(v) / 255, 6) for v in PIXEL_MEAN],
         "image_std": [round(float(v) / 255, 6) for v in PIXEL_STD],
         "do_pad": True,

@@ -9,6 +9,7 @@ Reads official files (MedSAM's too), Hugging Face's model.safetensors or its fol
 last. The layout and the variant are recognised from the content.
 """
 
+import dataclasses
 import sys
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from flax import traverse_util
 
 from convert.hf_rules import HUGGING_FACE, write_folder
 from convert.rules import recognise
-from convert.sam_rules import OFFICIAL, SAM_MODELS, sam_shapes
+from convert.sam_rules import OFFICIAL, SAM_MODELS, resize_tables, sam_shapes
 from convert.sources import caster, foreign, import_torch, read_tensors, to_torch
 from sammix_jax.config import load_config
 from sammix_jax.data.files import whole_file
@@ -27,6 +28,7 @@ from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model
 from sammix_jax.models.lora import merge_lora
+from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.systems.named import HOLD_SAM
 from sammix_jax.weights import DTYPES, IMAGE_KEYS, read_weights, sha256, write_weights
 
@@ -47,8 +49,18 @@ class Loaded(NamedTuple):
     sha256: str
     images: dict[str, str]
 
+    @property
+    def normalise(self) -> str:
+        return self.images.get("normalise", "sam")
 
-def convert(path, output, form: str | None = None, dtype: str | None = None) -> str:
+    @property
+    def image_size(self) -> int:
+        return int(self.images.get("image_size", get_variant(self.variant).image_size))
+
+
+def convert(
+    path, output, form: str | None = None, dtype: str | None = None
+) -> tuple[str, list[str]]:
     """Converts one model.
 
     Args:
@@ -58,7 +70,7 @@ def convert(path, output, form: str | None = None, dtype: str | None = None) -> 
       dtype: type to store; None keeps the input's.
 
     Returns:
-      The variant found.
+      The variant found, and what the user of an exported model must know, a line each.
 
     Raises:
       UserError: an input that cannot be read or is no SAM, an output that cannot be written;
@@ -80,8 +92,10 @@ def convert(path, output, form: str | None = None, dtype: str | None = None) -> 
     elif form == "official":
         _write_official(output, OFFICIAL.to_theirs(sam.arrays))
     else:
-        write_folder(output, HUGGING_FACE.to_theirs(sam.arrays), sam.variant)
-    return sam.variant
+        resize_tables(sam.arrays, sam.variant, sam.image_size)
+        sizes = dataclasses.replace(get_variant(sam.variant), image_size=sam.image_size)
+        write_folder(output, HUGGING_FACE.to_theirs(sam.arrays), sizes, sam.normalise)
+    return sam.variant, _notes(sam, form)
 
 
 def load(path: Path, cast) -> Loaded:
@@ -109,6 +123,12 @@ def _load_workdir(workdir: Path, cast) -> Loaded:
             f"{workdir}: a run of model.system={config.model.system}, which holds no SAM; expected "
             f"one of {', '.join(HOLD_SAM)}."
         )
+    if config.model.system == "sam_mix" and config.cam.fusion == "concat":
+        raise UserError(
+            f"{workdir}: a run of cam.fusion=concat, whose decoder learned behind a fusion layer "
+            "that a SAM has no place for; expected add or none. Segment with this run by python "
+            "-m sammix_jax.main --mode=predict, or train one with --config.cam.fusion=add."
+        )
     _, variables = load_model(config, workdir)
     params = merge_lora(variables["params"]["sam"])
     leaves = traverse_util.flatten_dict(params, sep="/")
@@ -129,6 +149,36 @@ def _load_own(path: Path, cast) -> Loaded:
     arrays = {name: cast(array) for name, array in arrays.items()}
     images = {key: metadata[key] for key in IMAGE_KEYS if key in metadata}
     return Loaded(arrays, variant, path.name, sha256(path), images)
+
+
+def _notes(sam: Loaded, form: str) -> list[str]:
+    """Where an exported model, used as its package does by itself, would not be the one trained."""
+    if form == "sammix":  # its metadata says it
+        return []
+    notes, native, official = [], get_variant(sam.variant).image_size, form == "official"
+    if official and sam.variant == "mini":
+        notes.append(
+            "segment_anything's registry builds vit_b, vit_l and vit_h, no mini; transformers "
+            "loads the Hugging Face folder (--format=hf)."
+        )
+    if sam.image_size != native:
+        does = (
+            f"segment_anything's registry builds for {native} alone, where this model gives other "
+            "masks; the Hugging Face folder (--format=hf) keeps the size."
+            if official
+            else f"the folder is of that size, not of the native {native}: its tables of "
+            "positions, config.json and processor."
+        )
+        notes.append(f"trained at image_size={sam.image_size}; {does}")
+    if sam.normalise != "sam":
+        does = (
+            "before predicting call sam.pixel_mean.fill_(0) and sam.pixel_std.fill_(255)."
+            if official
+            else "the folder's processor brings 0..255 to [0, 1] and does no more."
+        )
+        stretch = " Stretch each image to 0..255 first." if sam.normalise == "minmax" else ""
+        notes.append(f"trained with normalise={sam.normalise}; {does}{stretch}")
+    return notes
 
 
 def _hugging_face_file(folder: Path) -> Path:
@@ -196,11 +246,13 @@ def main(argv) -> int:
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments {argv[1:]}; every option begins with --")
-        variant = convert(given.input, given.output, given.format, given.dtype)
+        variant, notes = convert(given.input, given.output, given.format, given.dtype)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{given.output}: {variant}")
+    for note in notes:
+        print(f"note: {note}")
     return 0
 
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from convert.rules import CONV, DECONV, LINEAR, NORM, VALUE, Rule, Table
@@ -105,6 +106,30 @@ def sam_shapes(variant: str) -> dict[str, tuple[int, ...]]:
     variables = jax.eval_shape(Sam(variant).init, jax.random.key(0), images)
     leaves = traverse_util.flatten_dict(variables["params"], sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def resize_tables(arrays: dict[str, np.ndarray], variant: str, image_size: int) -> None:
+    """Brings a model's tables of positions to another size of image, in place.
+
+    As the image encoder does by itself, on the way; Hugging Face's does not.
+
+    Args:
+      arrays: flat path → array, of the variant's native size.
+      image_size: side of the images in pixels, a multiple of the patch size.
+    """
+    sizes = get_variant(variant)
+    side = image_size // sizes.patch_size
+    if side == sizes.grid_size:
+        return
+    shapes = {"image_encoder/pos_embed": (1, side, side, sizes.embed_dim)}
+    for i in sizes.global_blocks:  # the windows of the others stay as large as they are
+        for table in ("rel_pos_h", "rel_pos_w"):
+            path = f"image_encoder/block_{i}/attn/{table}"
+            shapes[path] = (2 * side - 1, arrays[path].shape[1])
+    for path, shape in shapes.items():
+        table = arrays[path]
+        resized = jax.image.resize(table.astype(np.float32), shape, "linear", antialias=False)
+        arrays[path] = np.asarray(resized, table.dtype)
 
 
 SAM_MODELS = {name: functools.partial(sam_shapes, name) for name in VARIANTS}

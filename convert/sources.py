@@ -4,7 +4,7 @@ import functools
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import ml_dtypes
@@ -43,7 +43,8 @@ class Stored(NamedTuple):
 def read_tensors(path) -> dict[str, Stored]:
     """The arrays of a `.safetensors` (no torch needed) or of a PyTorch file.
 
-    A prefix `module.` on every key and a wrapper such as {'model': ...} are taken off.
+    A wrapper such as {'model': ...} is taken off, and what a training script put before every key
+    of a known layout, such as `module.` or `model.`.
 
     Raises:
       UserError: a file that is missing, damaged, carries code, or holds other things than arrays.
@@ -52,9 +53,18 @@ def read_tensors(path) -> dict[str, Stored]:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     stored = _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
-    if stored and all(key.startswith("module.") for key in stored):
-        return {key.removeprefix("module."): value for key, value in stored.items()}
-    return stored
+    prefix = _shared_prefix(stored)
+    return {key.removeprefix(prefix): value for key, value in stored.items()}
+
+
+def _shared_prefix(keys: Collection[str]) -> str:
+    """What stands before a key of `_SIGNS` and before all others, "" where nothing does."""
+    for sign in _SIGNS:
+        for key in keys:
+            prefix = key.removesuffix(sign)
+            if key.endswith(f".{sign}") and all(other.startswith(prefix) for other in keys):
+                return prefix
+    return ""
 
 
 def foreign(path, source: Mapping[str, Stored], expected: str) -> UserError:
@@ -143,7 +153,8 @@ def _refuse(path: Path, error: str) -> UserError:
         return UserError(
             f"{path}: carries code or objects ({code[1] or 'a TorchScript program'}), expected "
             "arrays alone; nothing of it was run. Take the file from its first publisher, or the "
-            "model.safetensors."
+            "model.safetensors; of a checkpoint that you trust, save the weights alone: "
+            "torch.save(checkpoint['model'], ...), or 'state_dict', as they are called there."
         )
     reason = error.partition(". ")[0].partition("\n")[0] or "it ends too early"
     return UserError(f"{path}: truncated or no PyTorch file ({reason}); fetch it again.")

@@ -189,9 +189,15 @@ class Termination:
 
 
 def let_sigterm_end() -> None:
-    """Once no state is left to save: of several processes JAX's handler would go on for ever."""
-    if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Lets SIGTERM end the process at once, where there is no state to save.
+
+    Of several processes JAX's handler would go on for ever; and the first process of a container
+    is spared by the system what it has no handler for.
+    """
+    if threading.current_thread() is threading.main_thread():
+        first = os.getpid() == 1
+        ends = (lambda *_: os._exit(TERMINATED)) if first else signal.SIG_DFL
+        signal.signal(signal.SIGTERM, ends)
 
 
 class Terminated(Exception):

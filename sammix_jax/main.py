@@ -98,6 +98,7 @@ def main(argv) -> int:
     if len(argv) > 1:
         return _fail(f"unexpected arguments {argv[1:]}; every option begins with --")
     cache_compilations()
+    hosts.let_sigterm_end()  # until there is something to save
     try:
         hosts.join(_MULTIHOST.value)
         if not hosts.is_first():  # which alone speaks to the user, but for errors

@@ -1,8 +1,9 @@
 """The device mesh, and where parameters and batches lie on it.
 
 Both axes of the mesh divide the batch. Along `fsdp`, large parameters and their moments are divided
-too, so that each device keeps a part and gathers the rest when a layer needs it (Rajbhandari et
-al. 2020, "ZeRO", arXiv 1910.02054); along `data` they are repeated.
+too, so that between steps each device keeps a part (Rajbhandari et al. 2020, "ZeRO", arXiv
+1910.02054), and a step makes them whole for its forward and backward pass; along `data` they are
+repeated.
 """
 
 import dataclasses
@@ -32,9 +33,15 @@ def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
       devices: to use instead of all that there are.
 
     Raises:
-      UserError: `fsdp` does not divide the number of devices.
+      UserError: `fsdp` does not divide the number of devices, or they are of several TPU slices.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
+    count, slices = len(devices), {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        raise UserError(
+            f"the {count} devices are of {len(slices)} TPU slices, expected one: several are not "
+            "supported; take a larger slice."
+        )
     if count % fsdp:
         raise UserError(
             f"mesh.fsdp={fsdp}: does not divide the {count} devices; choose one of "

@@ -5,6 +5,7 @@ import math
 
 import jax
 
+from sammix_jax import hosts
 from sammix_jax.config import check_workdir, claim_workdir
 from sammix_jax.data.batches import Batches
 from sammix_jax.data.files import write_json
@@ -86,8 +87,8 @@ def train(config, workdir, store: SliceStore) -> bool:
         if begins:
             _tell_of_frozen_noise(state.frozen, config.model.sam_weights)
             _tell_of_moving_statistics(state, config.model.freeze_batch_norm)
-            # The files may be others later.
-            write_json(as_path(workdir) / BEGUN_FROM, digests(config))
+            if hosts.is_first():  # the files may be others later
+                write_json(as_path(workdir) / BEGUN_FROM, digests(config))
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
         start = int(state.step)

@@ -21,12 +21,14 @@ from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
+from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sammix_jax.data.files import local_copy, whole_file
 from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
+from sammix_jax.models.sam.predictor import SamPredictor
 
 FORMAT = {"format": "sammix_jax", "version": "1"}
 KINDS = ("sam", "classifier")
@@ -200,3 +202,37 @@ def list_mistakes(mistakes: Mapping[str, list[str]]) -> str:
         for what, names in mistakes.items()
         if names
     )
+
+
+def load_predictor(path) -> SamPredictor:
+    """Holds the SAM of a weight file, at the image size that the file names.
+
+    Args:
+      path: a `.safetensors` of this project, as `python -m convert.sam` writes it.
+
+    Raises:
+      UserError: a file that cannot be read, holds no SAM or not the one that it names, or learned
+        from images on another scale than SAM's.
+    """
+    arrays, metadata = read_weights(path)
+    kind, model = metadata.get("kind"), metadata.get("model")
+    if kind != "sam":
+        raise UserError(
+            f"{path}: weights of {kind} {model}, expected a SAM; give a file that python -m "
+            "convert.sam wrote."
+        )
+    asked = metadata.get("normalise", "sam")
+    if asked != "sam":
+        raise UserError(
+            f"{path}: learned from images normalised by {asked!r}, but the predictor normalises by "
+            "'sam'; give another file, or apply Sam to images that "
+            f"sammix_jax.method.preprocess.to_rgb normalised by {asked!r}."
+        )
+    # As in training, whatever the type that they are stored in.
+    params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    size = metadata.get("image_size")
+    try:
+        tree = traverse_util.unflatten_dict(params, sep="/")
+        return SamPredictor(model, tree, size and int(size))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

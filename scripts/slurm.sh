@@ -3,7 +3,8 @@
 #
 #   sbatch --nodes=2 scripts/slurm.sh --config=configs/lits.py --config.data.root=DIR --workdir=DIR \
 #     --config.model.sam_weights=FILE \
-#     --config.train.batch_labelled=8 --config.train.batch_unlabelled=8
+#     --config.train.batch_labelled=8 --config.train.batch_unlabelled=8 \
+#     --config.log.validate_every_steps=750 --config.checkpoint.every_steps=250
 #
 # One GPU: sbatch --nodes=1 --ntasks-per-node=1 --gres=gpu:1, and no batch to give.
 #

@@ -4,7 +4,8 @@
 #   scripts/tpu_vm.sh --project=P --zone=Z -- \
 #     --config=configs/lits.py --config.data.root=gs://B/lits --workdir=gs://B/runs/lits \
 #     --config.model.sam_weights=gs://B/sam_vit_b.safetensors \
-#     --config.train.batch_labelled=16 --config.train.batch_unlabelled=16
+#     --config.train.batch_labelled=16 --config.train.batch_unlabelled=16 \
+#     --config.log.validate_every_steps=375 --config.checkpoint.every_steps=125
 #
 # What follows -- is the program's. Options:
 #   --name=sammix  --accelerator=v5litepod-16  --runtime=v2-alpha-tpuv5-lite

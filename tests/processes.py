@@ -18,7 +18,8 @@ def start(arguments, devices: int = 1, **environment) -> subprocess.Popen:
         env=os.environ
         | {
             "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+            f"--xla_force_host_platform_device_count={devices}",
         }
         | environment,
         stdout=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """Processes find one another, write once, and stop together."""
 
+import os
 import re
 import signal
 
@@ -80,6 +81,24 @@ def test_what_is_missing_is_told(monkeypatch):
 
 def _fails(**_):
     raise ValueError("coordinator_address should be defined.")
+
+
+@pytest.mark.parametrize("pid", [1, 7])
+def test_sigterm_ends_the_first_process_of_a_container_too(monkeypatch, pid):
+    """Which the system spares what it has no handler for."""
+    before, left = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+    monkeypatch.setattr(os, "_exit", left.append)
+    try:
+        hosts.let_sigterm_end()
+        handler = signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if pid == 1:
+        handler(signal.SIGTERM, None)
+        assert left == [hosts.TERMINATED]
+    else:
+        assert handler is signal.SIG_DFL
 
 
 RUN = """

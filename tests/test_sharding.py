@@ -20,10 +20,11 @@ from sammix_jax.sharding import (
     filled_batch,
     make_mesh,
     place_batch,
+    state_sharding,
 )
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.training.optim import make_optimiser
-from sammix_jax.training.step import make_train_step
+from sammix_jax.training.step import TrainState, make_train_step
 
 TOLERANCE = 1e-5
 
@@ -165,6 +166,18 @@ def test_large_leaves_are_divided_along_their_longest_axis():
         assert spec(64) == PartitionSpec()  # small
 
 
+def test_frozen_leaves_are_divided_where_the_config_says_so():
+    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 2})
+    leaf = {"kernel": types.SimpleNamespace(shape=(256, 128))}
+    state = TrainState(leaf["kernel"], leaf, leaf, {}, {}, leaf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sammix_jax.sharding.NamedSharding", lambda _, spec: spec)
+        whole, parted = (state_sharding(state, mesh, shard_frozen=b) for b in (False, True))
+    parts, one = {"kernel": PartitionSpec("fsdp")}, {"kernel": PartitionSpec()}
+    assert whole.trainable == parted.trainable == whole.teacher == parts
+    assert (whole.frozen, parted.frozen) == (one, parts)
+
+
 def test_a_batch_of_slices_to_predict_is_filled_up_for_all_devices():
     mesh = types.SimpleNamespace(size=8)
     assert [filled_batch(mesh, size) for size in (1, 8, 9, 32)] == [8, 8, 16, 32]
@@ -173,6 +186,8 @@ def test_a_batch_of_slices_to_predict_is_filled_up_for_all_devices():
 def test_refusals(config, caplog):
     with pytest.raises(UserError, match=r"mesh\.fsdp=3: does not divide the 1 devices"):
         make_mesh(3)
+    with pytest.raises(UserError, match="the 2 devices are of 2 TPU slices, expected one"):
+        make_mesh(1, [types.SimpleNamespace(slice_index=i) for i in (0, 1)])
     config.train.batch_labelled, config.train.batch_unlabelled = 4, 2
     config.train.accumulate = 4
     with pytest.raises(UserError, match=r"train\.accumulate=4: expected a divisor .*unlabelled=2"):

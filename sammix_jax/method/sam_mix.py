@@ -155,7 +155,7 @@ class SamMix(nn.Module):
     def encode(self, images: jax.Array) -> jax.Array:
         """(B, H, W) → image embeddings (B, h, w, C)."""
         shape = (len(images), self.image_size, self.image_size)
-        resized = jax.image.resize(images, shape, "linear", antialias=False)
+        resized = jax.image.resize(images, shape, "linear")  # antialiased where it shrinks
         return self.sam.encode_image(to_rgb(resized, self.normalisation))
 
     def segment(

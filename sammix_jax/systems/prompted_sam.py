@@ -90,5 +90,6 @@ class PromptedSamSystem(System):
     def _inputs(self, images: jax.Array) -> jax.Array:
         """(B, H, W) → (B, S, S, 3), normalised."""
         side = self.config.model.image_size
-        resized = jax.image.resize(images, (len(images), side, side), "linear", antialias=False)
+        shape = (len(images), side, side)
+        resized = jax.image.resize(images, shape, "linear")  # antialiased where it shrinks
         return to_rgb(resized, self.config.input.normalise)

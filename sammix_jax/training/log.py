@@ -47,7 +47,9 @@ class TrainLog:
             csv.writer(file).writerows([COLUMNS, *rows])
         self._file = open(path, "a", newline="")  # noqa: SIM115 — closed in __exit__
         self._csv = csv.writer(self._file)
-        self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start)
+        # TensorBoard hides what it has from `purge_step` on, and the step that was reached stays.
+        folder = str(self._folder / "tensorboard")
+        self._tensorboard = SummaryWriter(folder, purge_step=start + 1)
 
     def __enter__(self):
         return self

@@ -1,7 +1,9 @@
 """What a training run watches of itself: soundness, time, memory and traces."""
 
 import contextlib
+import logging
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,6 +13,8 @@ import numpy as np
 
 from sammix_jax import hosts
 from sammix_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 # Finite before a state is kept: loss and gradients of the step, and the parameters it made.
 SOUND = ("loss", "gradient_norm", "parameter_norm")
@@ -83,7 +87,8 @@ class Timer:
 
 def memory() -> dict[str, float]:
     """Peaks in MiB: of the first device where it keeps account, and of this process."""
-    peaks = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}  # from KiB
+    unit = 1 if sys.platform == "darwin" else 2**10
+    peaks = {"host_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
     device = jax.local_devices()[0].memory_stats()
     if device and "peak_bytes_in_use" in device:
         peaks["device_mib"] = device["peak_bytes_in_use"] / 2**20
@@ -118,5 +123,8 @@ class Profile:
 
     def _end(self) -> None:
         if self._traces:
-            jax.profiler.stop_trace()
             self._traces = False
+            try:
+                jax.profiler.stop_trace()
+            except jax.errors.JaxRuntimeError as error:  # such as a store it cannot write to
+                _LOG.warning("%s: the trace could not be written: %s", self._folder, error)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -96,7 +97,7 @@ def load_pretrained(state: TrainState, config) -> TrainState:
 
     def replaced(leaves: dict) -> dict:
         return {
-            path: jax.device_put(values[path], leaf.sharding) if path in values else leaf
+            path: _placed(values[path], leaf.sharding) if path in values else leaf
             for path, leaf in leaves.items()
         }
 
@@ -106,6 +107,11 @@ def load_pretrained(state: TrainState, config) -> TrainState:
         frozen=replaced(state.frozen),
         batch_stats=traverse_util.unflatten_dict(replaced(stats), sep="/"),
     )
+
+
+def _placed(value: np.ndarray, sharding) -> jax.Array:
+    """Of several processes `device_put` would compare what each of them gives."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda at: value[at])
 
 
 def make_train_step(
@@ -231,4 +237,5 @@ def _accumulate(backward, batch_stats, parts: dict, unroll: bool):
 
 
 def _leaf_norms(leaves: dict) -> jax.Array:
-    return jnp.stack([jnp.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves(leaves)])
+    # Not of flattened leaves: one that is divided along another axis would be gathered first.
+    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(leaves)])

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -276,6 +277,27 @@ def test_the_table_in_the_docs_is_that_of_its_record(tmp_path):
     assert table in (docs / "results.md").read_text()
     shipped = sha256(STARTS["pretrained"]["model.sam_weights"])[:DIGITS]
     assert {record.sam_weights for record in records.values()} == {"", shipped}
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+def test_the_readmes_table_is_a_part_of_it():
+    root = pathlib.Path(__file__).parents[2]
+    head, _, *rows = cells((root / "docs" / "paper" / "paper.md").read_text())
+    portal, unenhanced = (head.index(f"{domain}: Dice") for domain in ("portal", "unenhanced"))
+    dice = {(row[0], row[1], at): row[at] for row in rows for at in (portal, unenhanced)}
+    named = {
+        "the same, trained without its CAM's prompt": "SAM-Mix, trained without prompts",
+        "the same, SAM from random weights": "SAM-Mix, SAM from random weights",
+    }
+    text = (root / "README.md").read_text()
+    shown = cells(re.search(r"\n\| phantom \|.*?\n((?:\|.*\n)+)", text)[1])[1:]
+    assert len(shown) > 5
+    for name, *found in shown:
+        wanted = [(k, at) for at in (portal, unenhanced) for k in ("5", "50")]
+        assert found == [dice.get((named.get(name, name), *which), "–") for which in wanted], name
 
 
 def test_no_such_system():

@@ -1,5 +1,6 @@
 """SAM from PyTorch and back: the same bits, strictly loaded, the same masks."""
 
+import re
 import subprocess
 import sys
 
@@ -177,12 +178,23 @@ def test_keys_are_those_of_the_public_models(variant):
     shapes = sam_shapes(variant)
     with torch.device("meta"):
         sam = official().sam_model_registry[variant](None)
-        hf = transformers.SamModel(transformers.SamConfig.from_dict(_model_config(variant)))
+        hf = transformers.SamModel(
+            transformers.SamConfig.from_dict(_model_config(get_variant(variant)))
+        )
     assert OFFICIAL.key_shapes(shapes) == {k: tuple(v.shape) for k, v in sam.state_dict().items()}
     names = {k: tuple(v.shape) for k, v in hf.state_dict().items()}
     for alias, key in HUGGING_FACE.aliases.items():
         assert names.pop(alias) == names[key]
     assert HUGGING_FACE.key_shapes(shapes) == names
+
+
+def test_lightnings_checkpoints(files, tmp_path):
+    state = torch.load(files / "sam.pth", weights_only=True)
+    inner = {f"model.{key}": value for key, value in state.items()}
+    lightning = {"epoch": 3, "state_dict": inner, "optimizer_states": [], "lr_schedulers": []}
+    torch.save(lightning, tmp_path / "last.pth")
+    convert(tmp_path / "last.pth", tmp_path / "back.pth")
+    assert_same_state(torch.load(tmp_path / "back.pth", weights_only=True), state)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -218,15 +230,62 @@ def test_what_is_known_of_the_images_stays_with_the_weights(files, adapted, tmp_
     assert found["image_size"] == str(config.model.image_size)
 
 
+def trained_as(files, path, **known):
+    """The random SAM as a file that says how its images were."""
+    arrays, metadata = read_weights(files / "sam.safetensors")
+    write_weights(path, arrays, metadata | known)
+    return path
+
+
+def test_a_hugging_face_folder_takes_images_as_the_run_did(files, tmp_path):
+    """At its size and in its range: the same masks from a picture of 0..255."""
+    own = trained_as(files, tmp_path / "own.safetensors", normalise="unit", image_size="64")
+    _, notes = convert(own, tmp_path / "hf")
+    assert [note.split(";")[0] for note in notes] == [
+        "trained at image_size=64",
+        "trained with normalise=unit",
+    ]
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    processor = transformers.SamImageProcessorPil.from_pretrained(tmp_path / "hf")
+    pixels = processor(picture, return_tensors="np")["pixel_values"]  # (1, 3, 64, 64)
+    image = np.moveaxis(pixels, 1, -1)
+    np.testing.assert_allclose(image[0], picture / 255, atol=1e-6)
+    expected = ours(own, image)
+    assert expected.shape == (4, 32, 32)
+    assert_same_masks(hugging_face(tmp_path / "hf", image), expected[1:])
+
+
+@pytest.mark.parametrize(("normalise", "stretched"), [("unit", False), ("minmax", True)])
+def test_an_official_export_says_what_its_file_cannot(files, tmp_path, normalise, stretched):
+    own = trained_as(files, tmp_path / "own.safetensors", normalise=normalise, image_size="64")
+    _, (registry, size, scale) = convert(own, tmp_path / "sam.pth")
+    assert "registry builds vit_b, vit_l and vit_h, no mini" in registry
+    assert "image_size=64" in size and "128 alone" in size
+    assert f"normalise={normalise}" in scale and ("Stretch" in scale) == stretched
+    # What it advises leads to [0, 1].
+    sam = build(MINI)
+    for call in re.findall(r"sam\.\w+\.fill_\(\d+\)", scale):
+        eval(call)
+    picture = torch.arange(3 * 128 * 128).reshape(3, 128, 128) % 256
+    assert torch.equal(sam.preprocess(picture), picture / 255)
+
+
+def test_nothing_is_said_where_the_packages_do_as_the_run_did(files, tmp_path):
+    own = trained_as(files, tmp_path / "own.safetensors", normalise="sam", image_size="128")
+    assert convert(own, tmp_path / "hf") == ("mini", [])
+
+
 def run(*arguments):
     command = [sys.executable, "-m", "convert.sam", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def test_command_line(files, tmp_path):
-    done = run(f"--input={files / 'sam.pth'}", f"--output={tmp_path / 'sam.safetensors'}")
+    done = run(f"--input={files / 'sam.pth'}", f"--output={tmp_path / 'back.pth'}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'sam.safetensors'}: mini\n"
+    told = done.stdout.splitlines()
+    assert told[0] == f"{tmp_path / 'back.pth'}: mini" and len(told) == 2
+    assert told[1].startswith("note: segment_anything's registry builds vit_b")
     failed = run(f"--input={tmp_path / 'none.pth'}", f"--output={tmp_path / 'x.pth'}")
     assert failed.returncode == 1
     assert failed.stderr == f"error: {tmp_path / 'none.pth'}: no such file.\n"

@@ -66,7 +66,7 @@ def test_plain_pickles_are_not_run(refused, tmp_path):
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_objects_and_programs(refused, tmp_path):
     content = {"model": state(), "args": argparse.Namespace(rank=4)}
-    refused(content, r"carries code or objects \(argparse\.Namespace\)")
+    refused(content, r"carries code or objects \(argparse\.Namespace\).*checkpoint\['model'\]")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "given.pth")
     refused((tmp_path / "given.pth").read_bytes(), "a TorchScript program")
 

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import small_config
 from safetensors.numpy import save_file
 
 from convert import classifier, sam
@@ -13,6 +14,7 @@ from convert.hf_rules import HUGGING_FACE
 from convert.rules import CONV, Rule, recognise
 from convert.sam_rules import OFFICIAL, SAM_MODELS, sam_shapes
 from convert.sources import Stored, caster
+from sammix_jax.config import claim_workdir
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam.variants import VARIANTS
 from sammix_jax.weights import read_weights
@@ -143,7 +145,7 @@ def test_hugging_face_files_need_no_torch(no_torch, tmp_path):
     ours = random_arrays(sam_shapes("mini"))
     save_file(HUGGING_FACE.to_theirs(dict(ours)), tmp_path / "model.safetensors", {"format": "pt"})
     out = tmp_path / "sam.safetensors"
-    assert sam.convert(tmp_path, out) == "mini"  # the folder, as downloaded
+    assert sam.convert(tmp_path, out) == ("mini", [])  # the folder, as downloaded
     found, metadata = read_weights(out)
     assert_equal(found, ours)
     assert (metadata["kind"], metadata["model"]) == ("sam", "mini")
@@ -153,6 +155,33 @@ def test_hugging_face_files_need_no_torch(no_torch, tmp_path):
     sam.convert(out, half, dtype="bfloat16")
     assert half.stat().st_size < 0.51 * out.stat().st_size
     assert {str(array.dtype) for array in read_weights(half)[0].values()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "sam.", "net.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("table", [OFFICIAL, HUGGING_FACE], ids=["official", "hf"])
+def test_what_all_keys_begin_with_is_taken_off(tmp_path, table, prefix):
+    ours = random_arrays(sam_shapes("mini"))
+    theirs = {f"{prefix}{key}": array for key, array in table.to_theirs(dict(ours)).items()}
+    save_file(theirs, tmp_path / "given.safetensors")
+    sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+    assert_equal(read_weights(tmp_path / "sam.safetensors")[0], ours)
+
+
+def test_what_some_keys_begin_with_stays(tmp_path):
+    theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini")))
+    mixed = {f"sam.{key}": array for key, array in theirs.items()} | {"head.bias": np.zeros(2)}
+    save_file(mixed, tmp_path / "given.safetensors")
+    with pytest.raises(UserError, match=r"an unknown model of .* arrays"):
+        sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+
+
+def test_a_run_whose_decoder_is_no_sams_is_refused(tmp_path):
+    config = small_config()
+    config.cam.fusion = "concat"
+    claim_workdir(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"cam\.fusion=concat, .*expected add or none"):
+        sam.convert(tmp_path, tmp_path / "sam.safetensors")
 
 
 def test_timm_files_need_no_torch(no_torch, tmp_path):

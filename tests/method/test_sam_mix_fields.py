@@ -1,5 +1,4 @@
-"""What each field of `config.model`, `.cam` and `.input` changes, on the smallest SAM there is: 64
-pixels, a grid of 8 × 8."""
+"""What each field of `config.model`, `.cam` and `.input` changes, on the smallest SAM there is."""
 
 import functools
 
@@ -9,7 +8,16 @@ import numpy as np
 import pytest
 from conftest import small_config
 from flax import traverse_util
-from sam_cases import TINY
+from tiny_sam_mix import (
+    arbitrary_variables,
+    forward,
+    initialise,
+    noise_images,
+    on_the_slices_grid,
+    run,
+    segment,
+    tiny,
+)
 
 from sammix_jax.method import cam as cams
 from sammix_jax.method.cam import CamPrompt, cam_prompt, grad_cam_by_gradient
@@ -21,36 +29,12 @@ from sammix_jax.models.resnet import STAGES, Classifier
 
 @pytest.fixture
 def images():
-    return jax.random.uniform(jax.random.key(0), (3, 64, 64))
-
-
-def tiny(fields=()):
-    """The small config's model on `TINY`, with fields such as {"cam.fusion": "none"}."""
-    config = small_config()
-    config.update_from_flattened_dict(dict(fields))
-    return sam_mix(config).clone(sam_variant=TINY)
-
-
-def initialise(fields=()):
-    return tiny(fields).init(jax.random.key(1), jnp.zeros((1, 64, 64)), segmented=1)
+    return noise_images()
 
 
 @pytest.fixture(scope="module")
 def variables():
-    """Every leaf arbitrary, running statistics too, so that no zero hides a mistake."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        value, name = rng.normal(size=leaf.shape), path[-1].key
-        if name == "kernel":
-            value *= np.sqrt(2 / np.prod(leaf.shape[:-1]))
-        elif name in ("scale", "var"):
-            value = np.exp(0.3 * value)
-        elif name != "gaussian_matrix":
-            value *= 0.3
-        return jnp.asarray(value, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(initialise))
+    return arbitrary_variables()
 
 
 def shapes(config):
@@ -61,24 +45,6 @@ def shapes(config):
     )
     flat = traverse_util.flatten_dict(like["params"], sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}
-
-
-@functools.cache
-def compiled(method, fields):
-    return jax.jit(functools.partial(tiny(fields).apply, method=method))
-
-
-def run(fields, variables, method, *args):
-    """A method of a tiny model; compiled once for the same fields."""
-    return compiled(method, tuple(dict(fields).items()))(variables, *args)
-
-
-def on_the_slices_grid(model, embeddings, fused, boxes):
-    return model.segment(embeddings, (64, 64), fused, boxes)
-
-
-def segment(fields, variables, embeddings, fused=None, boxes=None):
-    return run(fields, variables, on_the_slices_grid, embeddings, fused, boxes)
 
 
 @pytest.fixture(scope="module")
@@ -169,28 +135,24 @@ def test_mask_choices(variables, embeddings):
         np.testing.assert_allclose(masks[f"index {i}"].logits, whole[:, 1 + i], atol=1e-4)
         np.testing.assert_allclose(masks[f"index {i}"].candidates, whole[:, 1:], atol=1e-4)
     np.testing.assert_allclose(masks["single"].logits, whole[:, 0], atol=1e-4)
+    np.testing.assert_allclose(masks["single"].candidates, whole[:, :1], atol=1e-4)
     np.testing.assert_allclose(masks["single"].iou, scores[:, 0, :1], atol=1e-4)
     best = masks["argmax_iou"]
     chosen = 1 + np.argmax(scores[:, 0, 1:], axis=1)
     np.testing.assert_allclose(best.logits, whole[np.arange(3), chosen], atol=1e-4)
 
 
-def all_segmented(model, images, boxes):
-    return model(images, segmented=len(images), boxes=boxes)
-
-
-def forward(fields, variables, images, boxes=None):
-    return run(fields, variables, all_segmented, images, boxes)
-
-
 def test_the_cams_box_prompts_unless_it_is_switched_off(variables, images):
     embeddings = run((), variables, "encode", images)
+    cams_masks = []
     for box in (True, False):
         fields = {"cam.box": box}
         output = forward(fields, variables, images)
         boxes = output.prompt.box if box else None
         expected = segment(fields, variables, embeddings, output.prompt, boxes)
         np.testing.assert_allclose(output.masks.logits, expected.logits, atol=1e-4)
+        cams_masks.append(output.prompt.mask)
+    np.testing.assert_array_equal(*cams_masks)
 
 
 def test_given_boxes_prompt_the_first_slices_and_cams_the_rest(variables, images):

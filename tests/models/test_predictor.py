@@ -2,16 +2,21 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
+from PIL import Image
 from sam_cases import TINY, random_params
 
+from sammix_jax.errors import UserError
 from sammix_jax.models.sam import Sam, postprocess_masks
 from sammix_jax.models.sam.batched import predict_masks
 from sammix_jax.models.sam.inputs import normalise, resize_longest_side, stack_images
 from sammix_jax.models.sam.predictor import SamPredictor
+from sammix_jax.weights import load_predictor, write_weights
 
 SIDE = TINY.image_size
 LOW = 4 * TINY.grid_size
@@ -61,6 +66,74 @@ def test_logits_threshold_to_the_masks():
     given = prompt((40, 100))
     logits, _, _ = sam.predict(**given, return_logits=True)
     np.testing.assert_array_equal(sam.predict(**given)[0], logits > 0)
+
+
+def test_answers_are_the_callers_own():
+    sam = predictor()
+    sam.set_image(picture((40, 100)))
+    for logits in (True, False):
+        for answer in sam.predict(return_logits=logits):
+            answer[...] = 0
+
+
+def test_a_box_may_have_an_axis_of_its_own():
+    sam = predictor()
+    sam.set_image(picture((40, 100)))
+    box = prompt((40, 100))["box"]
+    for one, other in zip(sam.predict(box=box), sam.predict(box=box[None]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_another_image_size():
+    larger = SamPredictor(TINY, predictor().params, image_size=2 * SIDE)
+    larger.set_image(picture((40, 100)))
+    assert larger.features.shape[1:3] == (2 * TINY.grid_size, 2 * TINY.grid_size)
+    assert larger.input_size == (51, 128)
+    masks, _, low = larger.predict(**prompt((40, 100)))
+    assert masks.shape == (3, 40, 100) and low.shape == (3, 2 * LOW, 2 * LOW)
+    for size in (0, SIDE + 1):
+        with pytest.raises(ValueError, match=rf"image_size is {size}; expected a multiple of .* 8"):
+            SamPredictor(TINY, predictor().params, image_size=size)
+
+
+def test_the_readmes_snippet(tmp_path):
+    """With the small SAM and a disc in the box."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "predictor" in block)
+    y, x = np.mgrid[:300, :340]
+    disc = ((x - 170) / 130) ** 2 + ((y - 170) / 110) ** 2 < 1
+    grey = np.where(disc, 180, 60).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "picture.png")
+    files = {
+        "sam_vit_b.safetensors": ROOT / "weights" / "sam_mini.safetensors",
+        "picture.png": tmp_path / "picture.png",
+    }
+    for name, path in files.items():
+        assert name in code
+        code = code.replace(name, str(path))
+    found = {}
+    exec(code, found)
+    assert found["predictor"].image_size == 256  # as the file's metadata say
+    mask = found["masks"][found["iou"].argmax()]
+    assert (mask & disc).sum() / (mask | disc).sum() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"kind": "classifier", "model": "resnet18"}, "weights of classifier resnet18, expected"),
+        ({"normalise": "minmax"}, "normalised by 'minmax', but the predictor normalises by 'sam'"),
+        ({"model": "vit_x"}, "Unknown SAM variant 'vit_x'"),
+        ({"image_size": "100"}, "image_size is 100; expected a multiple"),
+        ({}, "The parameters are not those of mini .* 227 missing"),
+    ],
+)
+def test_files_that_the_predictor_refuses(tmp_path, metadata, message):
+    path = tmp_path / "w.safetensors"
+    told = {"kind": "sam", "model": "mini", "source": "", "sha256": ""}
+    write_weights(path, {"a": np.zeros(2, np.float32)}, told | metadata)
+    with pytest.raises(UserError, match=rf"w\.safetensors: .*{message}"):
+        load_predictor(path)
 
 
 def test_bgr_is_rgb_reversed():
@@ -127,11 +200,32 @@ def test_batch_without_prompts():
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-def test_batch_needs_both_leading_axes():
+def test_batch_of_an_encoded_image():
+    """The picture is not encoded again: it may be another one."""
+    sam = predictor()
+    size = (40, 100)
+    sam.set_image(picture(size))
+    boxes = [prompt(size, seed)["box"] for seed in range(3)]
+    other = stack_images([picture(size, seed=1)], SIDE)
+    logits, iou, low = predict_masks(
+        sam.sam, sam.params, *other, size, boxes=np.array([boxes]), embeddings=sam.features
+    )
+    for p, box in enumerate(boxes):
+        one = sam.predict(box=box, return_logits=True)
+        for found, expected in zip((logits, iou, low), one, strict=True):
+            np.testing.assert_allclose(found[0, p], expected, atol=1e-4)
+
+
+def test_batch_needs_all_axes():
     sam = predictor()
     batch = stack_images([picture((40, 100))] * 2, SIDE)
-    for given in ({"boxes": np.zeros((2, 4))}, {"points": np.zeros((2, 1, 2))}):
-        with pytest.raises(ValueError, match=r"expected \(B, P, "):
+    cases = [
+        ({"boxes": np.zeros((2, 4))}, r"boxes have shape \(2, 4\); expected \(B, P, 4\)"),
+        ({"boxes": np.zeros((2, 1, 5))}, r"boxes .* expected \(B, P, 4\)"),
+        ({"points": np.zeros((2, 1, 2))}, r"points .* expected \(B, P, N, 2\)"),
+    ]
+    for given, message in cases:
+        with pytest.raises(ValueError, match=message):
             predict_masks(sam.sam, sam.params, *batch, (40, 100), **given)
 
 
@@ -174,7 +268,7 @@ def test_bad_format():
         ({"point_labels": np.zeros(2)}, "go together"),
         ({"point_coords": np.zeros(2), "point_labels": np.zeros(1)}, r"expected \(N, 2\)"),
         ({"point_coords": np.zeros((2, 2)), "point_labels": np.zeros(3)}, "2 point_coords, but 3"),
-        ({"box": np.zeros((2, 4))}, r"box has shape \(2, 4\); expected \(4,\)"),
+        ({"box": np.zeros((2, 4))}, r"box has shape \(2, 4\); expected \(4,\).*embeddings"),
         ({"mask_input": np.zeros((LOW, LOW))}, r"mask_input .* expected \(1, 32, 32\)"),
     ],
 )

@@ -83,6 +83,8 @@ def test_the_jobs_command_and_image():
         "--config.model.sam_weights=gs://BUCKET/sam_vit_b.safetensors",
         "--config.train.batch_labelled=16",
         "--config.train.batch_unlabelled=16",
+        "--config.log.validate_every_steps=375",
+        "--config.checkpoint.every_steps=125",
     ]
     lines = [line.split() for line in (SCRIPTS / "Dockerfile").read_text().splitlines()]
     copied = [word for line in lines if line[:1] == ["COPY"] for word in line[1:-1]]

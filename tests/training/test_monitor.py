@@ -9,10 +9,13 @@ import pytest
 from toy import Toy
 
 from sammix_jax import train as train_module
+from sammix_jax.data.files import read_json
+from sammix_jax.data.split_files import kept_split
 from sammix_jax.errors import UserError
 from sammix_jax.prepare import prepare
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train import train
+from sammix_jax.training import log, loop
 from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.log import read_log
 from sammix_jax.training.loop import save_interval
@@ -110,6 +113,51 @@ def test_a_timer_leaves_out_what_comes_now_and_then():
     assert timer.report()["slices_per_second"] == 0
 
 
+def test_validation_patients_choose_and_the_best_is_whole_before_the_log_tells(
+    toy_config, tmp_path, monkeypatch
+):
+    """A run that is killed after it has told of a validation does not validate that step again."""
+    toy_config.data.split, toy_config.log.validate_every_steps = (2, 1, 1), 3
+    scores, asked, kept = iter([0.2, 0.5, 0.4, 0.1]), [], {}
+
+    def validate(predict, variables, store, scans, *rest):
+        asked.append(scans)
+        return {"dice": next(scores)}
+
+    write = loop.TrainLog.write
+
+    def watched(self, step, values):
+        if "val/dice" in values:
+            kept[step] = {path.name for path in (tmp_path / "checkpoints" / "best").iterdir()}
+        write(self, step, values)
+
+    monkeypatch.setattr(train_module, "validate", validate)
+    monkeypatch.setattr(loop.TrainLog, "write", watched)
+    train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+    assert kept == {3: {"3"}, 6: {"6"}, 9: {"6"}, 12: {"6"}}
+    assert asked == [kept_split(tmp_path).val] * 4 and len(asked[0]) == 1
+    assert read_json(tmp_path / "weights.json") == {
+        "model.sam_weights": "", "model.classifier_weights": ""
+    }  # fmt: skip
+
+
+def test_the_mesh_is_the_configs(toy_config, tmp_path, monkeypatch):
+    def stop(fsdp):
+        raise InterruptedError(fsdp)
+
+    toy_config.mesh.fsdp = 2
+    monkeypatch.setattr(train_module, "make_mesh", stop)
+    with pytest.raises(InterruptedError, match="2"):
+        train(toy_config, tmp_path, None)
+
+
+def test_a_resumed_curve_keeps_the_point_it_goes_on_from(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(log, "SummaryWriter", lambda folder, purge_step: made.append(purge_step))
+    log.TrainLog(tmp_path, 40)
+    assert made == [41]  # the first step of which TensorBoard hides what there is
+
+
 def test_memory_is_that_of_the_process():
     assert 100 < memory()["host_mib"] < 200_000
 
@@ -125,6 +173,18 @@ def test_a_trace_is_written_of_the_steps_asked_for(tmp_path):
 
     assert len(traced(2, 4)) == len(traced(4, 100)) == 1
     assert not traced(0, 0)
+
+
+def test_a_trace_that_cannot_be_written_is_told(tmp_path, monkeypatch, caplog):
+    def fails():
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: File system scheme 's3'")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", fails)
+    with Profile(tmp_path, 0, 1) as profile:
+        profile.at(0)
+        profile.at(1)
+    assert "the trace could not be written: UNIMPLEMENTED" in caplog.text
 
 
 @pytest.mark.parametrize("every", [2, 3, 4, 6, 100])

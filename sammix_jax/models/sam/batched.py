@@ -30,6 +30,7 @@ def predict_masks(
     labels: jax.Array | None = None,
     boxes: jax.Array | None = None,
     masks: jax.Array | None = None,
+    embeddings: jax.Array | None = None,
     multimask_output: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Answers P prompts for each of B images, which may differ in size.
@@ -48,6 +49,8 @@ def predict_masks(
       labels: (B, P, N) integers: 1 inside the object, 0 outside, -1 padding.
       boxes: (B, P, 4) pixels of the originals: x and y of the top left, then the bottom right.
       masks: (B, P, 4h, 4w) logits, as returned in `low_res_logits`.
+      embeddings: (B, h, w, C) of these images, such as `SamPredictor.features`; None encodes them
+        here, which takes most of the time.
       multimask_output: M = 3 masks for each prompt, otherwise M = 1.
 
     Returns:
@@ -59,19 +62,20 @@ def predict_masks(
     Raises:
       ValueError: shapes that do not agree, see `Sam.decode`.
     """
-    axes = {"points": (points, "(B, P, N, 2)"), "boxes": (boxes, "(B, P, 4)")}
-    for name, (value, expected) in axes.items():
-        if value is not None and jnp.ndim(value) != expected.count(",") + 1:
-            raise ValueError(f"{name} have shape {jnp.shape(value)}; expected {expected}.")
     scale = jnp.asarray(input_sizes, jnp.float32) / original_sizes  # (B, 2), y then x
     scale = scale[:, None, None, ::-1]  # (B, 1, 1, 2), x then y
     if points is not None:
+        _check_axes("points", points, ("B", "P", "N", 2))
         points = points * scale
     if boxes is not None:
+        _check_axes("boxes", boxes, ("B", "P", 4))
         boxes = (boxes.reshape(*boxes.shape[:2], 2, 2) * scale).reshape(boxes.shape)
-    low_res_logits, iou = sam.apply(
-        {"params": params},
-        normalise(squares, input_sizes),
+    sam = sam.bind({"params": params})
+    if embeddings is None:
+        embeddings = sam.encode_image(normalise(squares, input_sizes))
+    low_res_logits, iou = sam.decode(
+        embeddings,
+        input_size=squares.shape[1:3],
         points=points,
         labels=labels,
         boxes=boxes,
@@ -83,6 +87,14 @@ def predict_masks(
     logits = jax.image.resize(low_res_logits, shape, "linear", antialias=False)
     restore = jax.vmap(functools.partial(_restore, canvas=canvas))
     return restore(logits, input_sizes, original_sizes), iou, low_res_logits
+
+
+def _check_axes(name: str, value: jax.Array, expected: tuple[str | int, ...]) -> None:
+    """Refuses what could not be scaled; `Sam.decode` compares the lengths."""
+    shape = jnp.shape(value)
+    if len(shape) != len(expected) or shape[-1] != expected[-1]:
+        axes = ", ".join(map(str, expected))
+        raise ValueError(f"{name} have shape {shape}; expected ({axes}).")
 
 
 def _restore(

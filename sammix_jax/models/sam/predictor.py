@@ -42,31 +42,47 @@ _postprocess = jax.jit(postprocess_masks, static_argnums=(1, 2, 3))
 class SamPredictor:
     """Encodes an image once, then answers prompts about it.
 
-    It takes and returns what `segment_anything.SamPredictor` does. Each new number of points
-    compiles the decoder once more, each new image size the resizing of the masks; the encoder is
-    compiled once.
+    `set_image`, `predict` and `reset_image` take and return what those of
+    `segment_anything.SamPredictor` do. Each new number of points compiles the decoder once more,
+    each new size of picture the resizing of the masks; the encoder is compiled once. For many
+    prompts at once, give `features` to `predict_masks` as its `embeddings`.
 
     Attributes:
       sam: the model.
       params: its parameters, on the device.
+      image_size: side of the square that the encoder sees, pixels.
       is_image_set: whether `predict` may be called.
       original_size, input_size: (H, W) of the current image before and after resizing.
       features: (1, h, w, C), the current image's embedding.
     """
 
-    def __init__(self, sam: Sam | SamVariant | str, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        sam: Sam | SamVariant | str,
+        params: Mapping[str, Any],
+        image_size: int | None = None,
+    ) -> None:
         """Holds a model.
 
         Args:
           sam: the module, or the variant or its name for a model without LoRA.
           params: its parameter tree, with 'image_encoder', 'prompt_encoder' and 'mask_decoder'.
+          image_size: side of the encoder's input in pixels, best that of the training; None takes
+            the variant's native one.
 
         Raises:
-          ValueError: unknown variant, or parameters that are not those of this model.
+          ValueError: unknown variant, parameters that are not those of this model, or an image size
+            that is no multiple of the patch size.
         """
         self.sam = sam if isinstance(sam, Sam) else Sam(sam)
-        self._side = get_variant(self.sam.variant).image_size
-        _check_params(self.sam, params, self._side)
+        sizes = get_variant(self.sam.variant)
+        self.image_size = sizes.image_size if image_size is None else image_size
+        if self.image_size < 1 or self.image_size % sizes.patch_size:
+            raise ValueError(
+                f"image_size is {self.image_size}; expected a multiple of the patch size, "
+                f"{sizes.patch_size}."
+            )
+        _check_params(self.sam, params, self.image_size)
         self.params = jax.device_put(params)
         self.reset_image()
 
@@ -91,7 +107,7 @@ class SamPredictor:
             raise ValueError(f"image_format is {image_format!r}; expected 'RGB' or 'BGR'.")
         image = np.asarray(image)
         self.reset_image()
-        squares, input_sizes, _ = stack_images([image], self._side)
+        squares, input_sizes, _ = stack_images([image], self.image_size)
         if image_format == "BGR":
             squares = squares[..., ::-1]
         self.features = _encode(self.sam, self.params, squares, input_sizes)
@@ -113,13 +129,15 @@ class SamPredictor:
         Args:
           point_coords: (N, 2) pixels of the original image, x then y; needs `point_labels`.
           point_labels: (N,) integers: 1 inside the object, 0 outside.
-          box: (4,) pixels of the original image: x and y of the top left, then the bottom right.
+          box: (4,) or (1, 4) pixels of the original image: x and y of the top left, then of the
+            bottom right.
           mask_input: (1, 4h, 4w) logits, one of the `low_res_logits` of an earlier answer; 4h is
-            256 for the official variants.
+            256 for the official variants at their native size.
           multimask_output: M = 3 masks for an ambiguous prompt such as one point, otherwise M = 1.
           return_logits: return the masks' logits instead of thresholding them at 0.
 
         Returns:
+          Three arrays of the caller's own.
           masks: (M, H, W) bool, or float32 with `return_logits`, on the original image.
           iou: (M,) float32, the estimated IoU of each mask.
           low_res_logits: (M, 4h, 4w) float32.
@@ -131,19 +149,21 @@ class SamPredictor:
         if not self.is_image_set:
             raise RuntimeError("No image is set: call set_image(image) before predict.")
         prompts = self._prompts(point_coords, point_labels, box, mask_input)
-        logits, iou = _decode(self.sam, self.params, self.features, self._side, prompts)
+        logits, iou = _decode(self.sam, self.params, self.features, self.image_size, prompts)
         kept = MULTIMASK if multimask_output else SINGLE_MASK
         low_res_logits, iou = logits[0, 0, kept], iou[0, 0, kept]
         masks = _postprocess(
-            low_res_logits, self.input_size, self.original_size, (self._side, self._side)
+            low_res_logits, self.input_size, self.original_size, (self.image_size, self.image_size)
         )
         if not return_logits:
             masks = masks > 0
-        return np.asarray(masks), np.asarray(iou), np.asarray(low_res_logits)
+        return np.array(masks), np.array(iou), np.array(low_res_logits)
 
     def _prompts(self, point_coords, point_labels, box, mask_input) -> dict[str, jax.Array]:
         """Checks shapes; brings coordinates to the input; adds the axes B = 1 and P = 1."""
         low_side = 4 * self.features.shape[1]
+        if np.shape(box) == (1, 4):
+            box = np.reshape(box, 4)
         given = {
             "point_coords": (point_coords, ("N", 2)),
             "point_labels": (point_labels, ("N",)),
@@ -184,7 +204,10 @@ class SamPredictor:
 _FIX = {
     "point_coords": "Give each point as x, y in pixels of the original image.",
     "point_labels": "Give each point 1 (inside) or 0 (outside).",
-    "box": "Give one box as x0, y0, x1, y1; for several, see batched.predict_masks.",
+    "box": (
+        "Give one box as x0, y0, x1, y1; for several, give predictor.features as embeddings to "
+        "predict_masks."
+    ),
     "mask_input": "Pass one answer's low_res_logits[i : i + 1].",
 }
 
