@@ -1,6 +1,7 @@
 """The largest batch that fits, under each choice that trades memory for time."""
 
 import itertools
+import logging
 import math
 
 from tqdm import tqdm
@@ -8,6 +9,8 @@ from tqdm import tqdm
 from sammix_jax.method.sam_mix import DTYPES
 from sammix_jax.models.remat import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, plan_train
+
+_LOG = logging.getLogger(__name__)
 
 WHOLE = 2**20  # more queries than any grid has: attention is not cut in chunks
 
@@ -48,7 +51,11 @@ def _largest(config, target: Target) -> tuple[dict, StepPlan | None]:
 
     def planned(times: int) -> StepPlan:
         config.update_from_flattened_dict(quotas(times))
-        return plan_train(config, target)
+        found = plan_train(config, target)
+        # A choice takes several compilations, of minutes each.
+        taken = f"{found.total / GIB:.2f} GiB" if math.isfinite(found.total) else "too much"
+        _LOG.info("%d slices take %s of %.2f GiB", found.slices, taken, target.memory / GIB)
+        return found
 
     low, high = {1: planned(1)}, {}
     if low[1].total > target.memory:

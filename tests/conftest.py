@@ -30,6 +30,14 @@ from sammix_jax import prepare, train
 SAMPLE = ROOT.parent / "shared" / "data" / "totalsegmentator_sample"
 
 
+# Files that take minutes begin first, so that the workers end together.
+LONG = ("test_sharding", "test_run", "test_killed", "test_shipped_weights", "test_train")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def fresh_programs():
     """Compiled programs are let go after each file: those of all files are more than ten GB."""

@@ -155,7 +155,7 @@ def test_what_an_exhausted_compiler_says_is_taken():
 
 @pytest.mark.parametrize("gives_up", [False, True])
 @pytest.mark.parametrize("memory", [1000, 1700, 2049, 9990, 50_000])
-def test_the_sweep_finds_the_largest_batch(config, monkeypatch, memory, gives_up):
+def test_the_sweep_finds_the_largest_batch(config, monkeypatch, memory, gives_up, caplog):
     """Where memory is 900 bytes and 90 a slice, a little more for large batches; also by a compiler
     that does not say how much is too much."""
     config.train.batch_labelled, config.train.batch_unlabelled = 2, 6  # 1 to 3
@@ -170,11 +170,13 @@ def test_the_sweep_finds_the_largest_batch(config, monkeypatch, memory, gives_up
         return StepPlan("train", slices, {}, told, 0, {})
 
     monkeypatch.setattr(sweep, "plan_train", planned)
+    caplog.set_level("INFO")
     found = list(sweep.sweep(config, target))
     assert {(o["model.dtype"], o["model.remat"]) for o, _ in found} == {
         (dtype, remat) for dtype in ("float32", "bfloat16") for remat in POLICIES
     }
     assert len(found) == 12  # attention in chunks and whole
+    assert caplog.messages[0].startswith("8 slices take ")  # each compilation is told
     fitting = [n for n in range(8, 800, 8) if 900 + 90 * n + n**2 // 50 <= memory]
     for options, best in found:
         slices = options["train.batch_labelled"] + options["train.batch_unlabelled"]

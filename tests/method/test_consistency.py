@@ -80,6 +80,7 @@ def taught(config):
 def test_slices_without_masks_train_the_segmentation(taught):
     """From `start_step` on; their classification and the labelled slices are silenced here."""
     taught.consistency.start_step = 5
+    taught.train.schedule, taught.train.warmup_steps = "constant", 0
     system, optimiser = SamMixSystem(Toy(), taught), make_optimiser(taught.train, 30)
     state = jax.jit(make_init(system, optimiser, taught))()
     batch = {
