@@ -46,6 +46,9 @@ def evaluate(config, workdir) -> Evaluation:
       config: the run's config; `config.evaluate` says which scans and protocols.
       workdir: a trained workdir.
 
+    Returns:
+      What was found; nothing on other processes than the first, which alone scores.
+
     Raises:
       UserError: no labelled scans, none that can be read, or no checkpoint.
       IncompleteEvaluation: some bad scans, once all others are scored and written.
@@ -77,20 +80,24 @@ def evaluate(config, workdir) -> Evaluation:
             seen.append(scan.name)
         if trained.chose.intersection(found):
             chose.append(scan.name)
-        scored = score_scan(known, prediction, protocols, config)
-        cases += scored
-        guidance.append(score_guidance(known, prediction))
-        examples.append(_example(scored[0], prediction))
-    if not cases:
+        # Surfaces take gigabytes: once a machine, not once a process.
+        score = functools.partial(score_scan, known, prediction, protocols, config)
+        scored = hosts.on_first(score)
+        if scored:
+            cases += scored
+            guidance.append(score_guidance(known, prediction))
+            examples.append(_example(scored[0], prediction))
+    if not digests:
         raise UserError("no scan could be scored:" + _listed(faults))
-    results = collect(config, workdir, cases, guidance, faults, seen, digests, chose)
-    for warning in seen_before(results):
-        _LOG.warning(warning)
-    evaluation = Evaluation(cases, results, examples)
-    folder = results_folder(config, workdir)
-    write_results(folder, results, cases)
+    evaluation, folder = Evaluation([], {}, []), results_folder(config, workdir)
+    if hosts.is_first():
+        results = collect(config, workdir, cases, guidance, faults, seen, digests, chose)
+        for warning in seen_before(results):
+            _LOG.warning(warning)
+        evaluation = Evaluation(cases, results, examples)
+        write_results(folder, results, cases)
     if faults:
-        told = f"{len(faults)} of {len(faults) + len(examples)} scans could not be scored"
+        told = f"{len(faults)} of {len(faults) + len(digests)} scans could not be scored"
         rest = f"the results of the others are in {folder}"
         raise IncompleteEvaluation(f"{told}; {rest}:{_listed(faults)}", evaluation)
     return evaluation

@@ -106,6 +106,15 @@ def first_then_others(first, others):
     return result if is_first() else others()
 
 
+def on_first(make):
+    """`make()` on the first process, None on the others, which wait.
+
+    Raises:
+      Exception: as `first_then_others`.
+    """
+    return first_then_others(make, lambda: None)
+
+
 def for_all(read, what: str) -> tuple[object, str]:
     """(`read()`, ""), or (None, what is wrong) where it failed on any process; all must ask.
 

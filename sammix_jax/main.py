@@ -246,6 +246,8 @@ def _evaluate(config, workdir: Path) -> None:
 
 
 def _report(config, workdir: Path, evaluation: evaluate.Evaluation) -> None:
+    if not hosts.is_first():
+        return
     report.write_report(results.results_folder(config, workdir), evaluation, config, workdir)
     print()
     _print_results(config, workdir, evaluation.results)

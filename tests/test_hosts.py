@@ -8,7 +8,9 @@ import pytest
 from processes import finish, start_several
 
 from sammix_jax import hosts
+from sammix_jax.data.files import read_json
 from sammix_jax.errors import UserError
+from sammix_jax.training.log import read_log
 
 VARIABLES = (
     *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
@@ -218,3 +220,34 @@ def test_a_resumed_run_of_two_is_stopped_by_a_signal_before_its_first_step(tmp_p
     assert int(stopped[0]) < 5100
     # With no state left to save the signal ends the process at once.
     assert "process 1 evaluates" in other and pair[1].returncode == -signal.SIGTERM
+
+
+def test_the_whole_command_in_two_processes(tmp_path):
+    """From scans to a report and a mask, written once; the second process has nothing to say."""
+    fields = {
+        "model.system": "unet",
+        "model.widths": (4, 4, 4),
+        "data.size": 64,
+        "data.phantom.scans": 4,
+        "data.phantom.unlabelled": 1,
+        "data.split": (2, 1, 1),
+        "data.labelled_slices": 8,
+        "train.trainable": (".*",),
+        "train.batch_labelled": 4,
+        "train.batch_unlabelled": 4,
+        "train.steps": 2,
+        "log.every_steps": 1,
+        "log.validate_every_steps": 2,
+        "evaluate.protocols": ("none",),
+        "mesh.fsdp": 2,
+    }
+    options = [f"--config.{field}={value}" for field, value in fields.items()]
+    command = ["-m", "sammix_jax.main", "--config=configs/quickstart.py:random"]
+    pair = start_several([*command, f"--workdir={tmp_path}", *options], 2, devices=2)
+    first, second = (finish(process) for process in pair)
+    assert "slice Dice" in first and "slice Dice" not in second
+    rows = [row[:2] for row in read_log(tmp_path)]
+    assert len(rows) == len(set(rows)) and {(1, "train/loss"), (2, "val/dice")} <= set(rows)
+    folder = tmp_path / "evaluation" / "test"
+    assert len((folder / "cases.csv").read_text().splitlines()) == 1 + 1  # one scan, one protocol
+    assert (folder / "report.html").exists() and (tmp_path / "prediction.nii.gz").exists()
