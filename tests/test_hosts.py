@@ -8,7 +8,6 @@ import pytest
 from processes import finish, start_several
 
 from sammix_jax import hosts
-from sammix_jax.data.files import read_json
 from sammix_jax.errors import UserError
 from sammix_jax.training.log import read_log
 
