@@ -13,7 +13,7 @@ from sammix_jax.data.paths import as_path
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 from sammix_jax.method.preprocess import scale_slices
-from sammix_jax.sharding import along_batch, filled_batch, make_mesh, state_sharding
+from sammix_jax.sharding import along_batch, filled_batch, make_mesh, place_whole, state_sharding
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import SlicePredictions, System
 from sammix_jax.training.checkpoint import Checkpoints, abstract
@@ -63,8 +63,7 @@ def predict_slices(
 
     def place(array: np.ndarray) -> jax.Array:
         filled = np.pad(array, [(0, batch - len(array)), (0, 0), (0, 0)])
-        # Of several processes `device_put` would compare what each of them gives.
-        return jax.make_array_from_callback(filled.shape, sharding, lambda at: filled[at])
+        return place_whole(filled, sharding)
 
     parts = []
     for start in range(0, len(hu), batch):

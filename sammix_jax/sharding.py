@@ -69,6 +69,14 @@ def divided(leaf, mesh: Mesh) -> NamedSharding:
     return replicated(mesh)
 
 
+def place_whole(value: np.ndarray, sharding) -> jax.Array:
+    """An array that every process holds → where `sharding` says.
+
+    Of several processes `device_put` would compare what each of them gives.
+    """
+    return jax.make_array_from_callback(value.shape, sharding, lambda at: value[at])
+
+
 def state_sharding(state, mesh: Mesh, shard_frozen: bool):
     """Where each leaf of a training state lies.
 

@@ -5,13 +5,12 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
 from sammix_jax.method.consistency import follow
-from sammix_jax.sharding import BatchLayout, gather, replicated
+from sammix_jax.sharding import BatchLayout, gather, place_whole, replicated
 from sammix_jax.systems.system import Microbatch, System
 from sammix_jax.training.optim import merge_params, split_params
 from sammix_jax.weights import fill, load_weights
@@ -97,7 +96,7 @@ def load_pretrained(state: TrainState, config) -> TrainState:
 
     def replaced(leaves: dict) -> dict:
         return {
-            path: _placed(values[path], leaf.sharding) if path in values else leaf
+            path: place_whole(values[path], leaf.sharding) if path in values else leaf
             for path, leaf in leaves.items()
         }
 
@@ -107,11 +106,6 @@ def load_pretrained(state: TrainState, config) -> TrainState:
         frozen=replaced(state.frozen),
         batch_stats=traverse_util.unflatten_dict(replaced(stats), sep="/"),
     )
-
-
-def _placed(value: np.ndarray, sharding) -> jax.Array:
-    """Of several processes `device_put` would compare what each of them gives."""
-    return jax.make_array_from_callback(value.shape, sharding, lambda at: value[at])
 
 
 def make_train_step(
