@@ -57,7 +57,8 @@ class SamMix(nn.Module):
         size = images.shape[2:]
         mask, boxes = cam_prompt(features[:labelled], self.classifier.fc.weight[POSITIVE], size)
 
-        resized = F.interpolate(images[:labelled], (self.side, self.side), mode="bilinear")
+        shape = (self.side, self.side)
+        resized = F.interpolate(images[:labelled], shape, mode="bilinear", antialias=True)
         embeddings = self.sam.image_encoder(_to_rgb(resized))
         grid = embeddings.shape[2:]
         embeddings = embeddings + F.adaptive_avg_pool2d(mask, grid)  # to every channel
