@@ -15,8 +15,8 @@ from sammix_jax.method.preprocess import NORMALISATIONS, SCALINGS
 from sammix_jax.method.sam_mix import BOX_SOURCES, DTYPES, FUSIONS
 from sammix_jax.models.baselines.prompted_sam import PROMPTS
 from sammix_jax.models.baselines.transunet import VARIANTS as TRANSUNETS
+from sammix_jax.models.blocks import POLICIES
 from sammix_jax.models.lora import THIRDS
-from sammix_jax.models.remat import POLICIES
 from sammix_jax.models.resnet import OUTPUT_STRIDES, STAGES
 from sammix_jax.models.sam.choice import MASK_CHOICES
 from sammix_jax.models.sam.variants import VARIANTS

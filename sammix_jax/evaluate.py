@@ -22,7 +22,7 @@ from sammix_jax.evaluation.results import (
     write_results,
 )
 from sammix_jax.evaluation.scores import Case, LabelledScan, score_guidance, score_scan
-from sammix_jax.inference import VolumePrediction, load_model, make_predict, predict_volume
+from sammix_jax.inference import VolumePrediction, load_model, make_predict, mesh_of, predict_volume
 from sammix_jax.method.cam import mask_to_box
 from sammix_jax.prepare import kept_slices, store_folder
 from sammix_jax.systems.named import make_system
@@ -56,7 +56,7 @@ def evaluate(config, workdir) -> Evaluation:
     protocols = scored_protocols(make_system(config), config.evaluate.protocols)
     scans, faults = scans_to_score(config, workdir)
     system, variables = load_model(config, workdir)
-    predict = make_predict(system, config, protocols)
+    predict = make_predict(system, config, protocols, mesh_of(variables))
     trained = training_scans(config, workdir)
     if trained.hdf5 != hdf5.is_hdf5(scans[0].image):  # a folder holds scans of one kind
         kinds = ("HDF5", "NIfTI") if trained.hdf5 else ("NIfTI", "HDF5")

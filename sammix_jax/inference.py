@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from sammix_jax import hosts
 from sammix_jax.data.geometry import slice_geometry
@@ -13,7 +13,15 @@ from sammix_jax.data.paths import as_path
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 from sammix_jax.method.preprocess import scale_slices
-from sammix_jax.sharding import along_batch, filled_batch, make_mesh, place_whole, state_sharding
+from sammix_jax.models.blocks import gather_outside_blocks
+from sammix_jax.sharding import (
+    along_batch,
+    filled_batch,
+    make_mesh,
+    on_mesh,
+    place_whole,
+    state_sharding,
+)
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import SlicePredictions, System
 from sammix_jax.training.checkpoint import Checkpoints, abstract
@@ -21,11 +29,23 @@ from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import make_init
 
 
-def make_predict(system: System, config, protocols: tuple[str, ...], gate: bool | None = None):
+def make_predict(
+    system: System,
+    config,
+    protocols: tuple[str, ...],
+    mesh: Mesh | None = None,
+    gate: bool | None = None,
+):
     """Returns the jitted `predict(variables, hu, truth) -> SlicePredictions` for one batch.
 
-    `truth` is read by `system.ORACLES` alone, and is None without them. `gate` says whether slices
-    that the classifier calls negative get an empty mask; None takes `evaluate.gate`.
+    `truth` is read by `system.ORACLES` alone, and is None without them.
+
+    Args:
+      system, config: of the run.
+      protocols: what to predict by.
+      mesh: on which the variables lie; None where no part of them is divided.
+      gate: whether slices that the classifier calls negative get an empty mask; None takes
+        `evaluate.gate`.
 
     Raises:
       ValueError: protocols that the system does not have.
@@ -36,9 +56,16 @@ def make_predict(system: System, config, protocols: tuple[str, ...], gate: bool 
 
     def predict(variables: dict, hu: jax.Array, truth: jax.Array | None) -> SlicePredictions:
         images = scale_slices(hu, config.input)  # (B, H, W)
+        variables = gather_outside_blocks(variables)
         return system.predict(variables, images, truth, protocols, gated)
 
-    return jax.jit(predict)
+    return jax.jit(on_mesh(mesh, predict) if mesh else predict)
+
+
+def mesh_of(variables: dict) -> Mesh | None:
+    """The mesh on which a model's variables lie; None for arrays of one device."""
+    sharding = jax.tree.leaves(variables)[0].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def predict_slices(
@@ -56,10 +83,12 @@ def predict_slices(
       truth: (N, H, W) bool for `ORACLES` among the protocols, else None.
       batch: slices at a time; more where that leaves devices without.
     """
-    sharding = jax.tree.leaves(variables)[0].sharding
-    if isinstance(sharding, NamedSharding):
-        batch = filled_batch(sharding.mesh, batch)
-        sharding = along_batch(sharding.mesh, batch)
+    mesh = mesh_of(variables)
+    if mesh:
+        batch = filled_batch(mesh, batch)
+        sharding = along_batch(mesh, batch)
+    else:
+        sharding = jax.tree.leaves(variables)[0].sharding
 
     def place(array: np.ndarray) -> jax.Array:
         filled = np.pad(array, [(0, batch - len(array)), (0, 0), (0, 0)])

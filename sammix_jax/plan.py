@@ -155,7 +155,7 @@ def plan_predict(config, target: Target) -> StepPlan:
     truth = None
     if system.headline in ORACLES:
         truth = jax.ShapeDtypeStruct(hu.shape, np.bool_, sharding=placed)
-    predict = make_predict(system, config, (system.headline,), gate=True)
+    predict = make_predict(system, config, (system.headline,), mesh, gate=True)
     parts = _parts(state)
     parts = {name: parts[name] for name in ("trained parameters", "frozen parameters")}
     return _step_plan("predict", count, predict, (state.variables, hu, truth), parts, target)

@@ -13,7 +13,7 @@ from sammix_jax.data.nifti import is_nifti, stem
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation import figures
-from sammix_jax.inference import load_model, make_predict, predict_volume
+from sammix_jax.inference import load_model, make_predict, mesh_of, predict_volume
 from sammix_jax.systems.system import ORACLES
 
 _LOG = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def predict(config, workdir, source, target) -> list[Prediction]:
             f"model.prompt={config.model.prompt}: this model was trained to be prompted by the "
             "true mask, so it cannot segment a scan without one; score it with --mode=evaluate."
         )
-    step = make_predict(system, config, (system.headline,))
+    step = make_predict(system, config, (system.headline,), mesh_of(variables))
     predictions, faults = [], []
     for scan, mask_path in pairs:
         # All processes predict a scan, or none.

@@ -2,13 +2,14 @@
 
 Both axes of the mesh divide the batch. Along `fsdp`, large parameters and their moments are divided
 too, so that between steps each device keeps a part (Rajbhandari et al. 2020, "ZeRO", arXiv
-1910.02054), and a step makes them whole for its forward and backward pass; along `data` they are
-repeated.
+1910.02054), and a step makes them whole where it uses them; along `data` they are repeated.
 """
 
 import dataclasses
+import functools
 import logging
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,23 +83,51 @@ def state_sharding(state, mesh: Mesh, shard_frozen: bool):
 
     Args:
       state: a `TrainState`, or its shapes. Moments have the shapes of their parameters, and so
-        lie where these do.
+        lie where these do; statistics are those of the whole batch, on every device.
       mesh: of the run.
       shard_frozen: whether the frozen parameters are divided as well.
     """
     placed = jax.tree.map(lambda leaf: divided(leaf, mesh), state)
-    whole = jax.tree.map(lambda _: replicated(mesh), state.frozen)
-    return placed if shard_frozen else placed.replace(frozen=whole)
+    whole = jax.tree.map(lambda _: replicated(mesh), state)
+    placed = placed.replace(batch_stats=whole.batch_stats)
+    return placed if shard_frozen else placed.replace(frozen=whole.frozen)
 
 
-def gather(mesh: Mesh):
-    """Returns a function that makes the leaves of a tree whole, within a jitted step.
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """A function to be jitted, within which `gather` knows of the mesh."""
+
+    @functools.wraps(function)
+    def on_it(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return on_it
+
+
+def is_divided() -> bool:
+    """Whether parameters lie in parts here: within `on_mesh`, where `fsdp` is more than 1."""
+    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+
+
+def gather(tree):
+    """Makes the leaves of a tree whole, and their gradients divided again; see `on_mesh`.
 
     Otherwise the compiler may carry the division of a weight over to the activations it meets.
     """
-    if mesh.shape["fsdp"] == 1:
-        return lambda tree: tree
-    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
+    return jax.tree.map(_gather, tree) if is_divided() else tree
+
+
+@jax.custom_vjp
+def _gather(leaf: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf, PartitionSpec())
+
+
+def _divide(_, cotangent: jax.Array) -> tuple[jax.Array]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return (jax.lax.with_sharding_constraint(cotangent, divided(cotangent, mesh).spec),)
+
+
+_gather.defvjp(lambda leaf: (_gather(leaf), None), _divide)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from tqdm import tqdm
 
 from sammix_jax.method.sam_mix import DTYPES
-from sammix_jax.models.remat import POLICIES
+from sammix_jax.models.blocks import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, plan_train
 
 _LOG = logging.getLogger(__name__)

@@ -113,7 +113,7 @@ def train(config, workdir, store: SliceStore) -> bool:
         # ---- Step
         train_step = jit_train_step(system, optimiser, config, layout, mesh, sharding)
         # Gated whatever is reported, so that all scores of a run compare.
-        predict = make_predict(system, config, (system.headline,), gate=True)
+        predict = make_predict(system, config, (system.headline,), mesh, gate=True)
 
         # ---- Loop
         validation = Validation(

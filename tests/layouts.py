@@ -1,7 +1,7 @@
 """Ten training steps in every layout: `python tests/layouts.py OUT.npz`, in processes of their own.
 
 On eight forced host devices, or on the four of two processes. Writes the loss of each step and the
-parameters and statistics after the last, by layout.
+parameters and statistics after the last, by layout; of two layouts also what they predict.
 """
 
 import sys
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from sam_cases import TINY
 
 from sammix_jax import hosts, sharding
+from sammix_jax.inference import make_predict, predict_slices
 from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.sharding import (
     BatchLayout,
@@ -38,6 +39,7 @@ LAYOUTS = {
     4: [(4, 2, 1)],
 }
 RESUMED = ((1, 1, 1), (8, 2, 1))
+PREDICTING = ((1, 1, 1), (8, 8, 1))
 BEGINNING = ((8, 2, 1), (4, 2, 1))
 # So that fsdp divides SAM's matrices too, small as they are here.
 sharding.LEAST_DIVIDED = 2**9
@@ -72,6 +74,7 @@ def batches(step: int, rows) -> dict[str, np.ndarray]:
 class Layout(NamedTuple):
     """What a layout compiles, and where its state lies."""
 
+    system: SamMixSystem
     mesh: Mesh
     batches: BatchLayout
     shapes: TrainState
@@ -100,7 +103,7 @@ def build(devices: int, fsdp: int, accumulate: int) -> Layout:
     step = jit_train_step(system, optimiser, config, layout, mesh, placed)
     shapes = abstract(jax.eval_shape(init), placed)
     step = step.lower(shapes, place_batch(batches, 0, layout, mesh)).compile()
-    return Layout(mesh, layout, shapes, jax.jit(init, out_shardings=placed), step)
+    return Layout(system, mesh, layout, shapes, jax.jit(init, out_shardings=placed), step)
 
 
 def take(layout: Layout, state: TrainState, start: int, stop: int):
@@ -121,6 +124,14 @@ def listed(name: str, losses: list, state: TrainState) -> dict[str, np.ndarray]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(whole)
     }
     return {f"{name}:loss": np.array(losses), **leaves}
+
+
+def predicted(layout: Layout, state: TrainState) -> dict[str, np.ndarray]:
+    """By the true box: that of a CAM may fall to either side of a pixel."""
+    system, batch = layout.system, batches(0, range(16))
+    predict = make_predict(system, system.config, ("gt_box",), layout.mesh)
+    found = predict_slices(predict, state.variables, batch["hu"], batch["mask"] > 0, batch=16)
+    return {"logits": found.logits["gt_box"], "organ": found.organ_probability}
 
 
 def resumed(begun: TrainState, before: Layout, after: Layout) -> dict[str, np.ndarray]:
@@ -144,7 +155,11 @@ def main(out: str) -> None:
         # Compiling how to begin takes as long as ten steps: done on one device and in parts.
         state = program.init() if layout in BEGINNING else program.place(begun)
         state, losses = take(program, state, 0, STEPS)
-        results |= listed("-".join(map(str, layout)), losses, state)
+        name = "-".join(map(str, layout))
+        results |= listed(name, losses, state)
+        if layout in PREDICTING:
+            found = predicted(program, program.place(begun))
+            results |= {f"{name}:predicted {kind}": array for kind, array in found.items()}
     if RESUMED[0] in built:
         results |= resumed(begun, *(built[layout] for layout in RESUMED))
     if hosts.is_first():

@@ -22,9 +22,9 @@ LAYERS = [
     {"training"},
     {"systems"},
     {"method"},
-    {"config", "presets", "sharding", "weights"},
+    {"config", "presets", "weights"},
     {"models", "data"},
-    {"hosts"},
+    {"hosts", "sharding"},
     {"errors", "flops", "compilation"},
 ]
 RANK = {name: rank for rank, layer in enumerate(reversed(LAYERS)) for name in layer}

@@ -14,7 +14,7 @@ from sammix_jax import plan, sweep
 from sammix_jax.errors import UserError
 from sammix_jax.flops import count_flops
 from sammix_jax.method.sam_mix import sam_mix
-from sammix_jax.models.remat import POLICIES
+from sammix_jax.models.blocks import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, count_collectives, find_target
 from sammix_jax.sharding import make_mesh
 from sammix_jax.systems.sam_mix import SamMixSystem
@@ -132,7 +132,8 @@ def test_the_mini_step_compiles_for_a_tpu_without_one(tiny):
     plans = plan.plan(tiny, target)
     check(plans, target, tiny)
     # Gradients and statistics are summed; parameters that lie in parts are gathered.
-    assert plans[0].collectives["all-reduce"] > 0 and plans[0].collectives["all-gather"] > 0
+    assert plans[0].collectives["all-reduce"] > 0
+    assert all(found.collectives["all-gather"] > 0 for found in plans)
     with pytest.raises(UserError, match=r"v5e:3x5: cannot be compiled for"):
         find_target("v5e:3x5")
 

@@ -72,6 +72,16 @@ def test_ten_steps_are_the_same_in_every_layout(steps_taken, layout):
     assert relative(found, expected, "stats") < TOLERANCE
 
 
+def test_weights_in_parts_predict_what_whole_ones_do(steps_taken):
+    whole, parts = steps_taken["1-1-1"], steps_taken["8-8-1"]
+    kinds = [leaf for leaf in whole if leaf.startswith("predicted")]
+    assert len(kinds) == 2
+    for kind in kinds:
+        scale = np.abs(whole[kind]).max()
+        assert np.ptp(whole[kind]) > 100 * TOLERANCE * scale  # more than what is allowed
+        np.testing.assert_allclose(parts[kind], whole[kind], rtol=0, atol=TOLERANCE * scale)
+
+
 def test_parts_of_a_batch_see_their_own_statistics(steps_taken):
     """So that `train.accumulate` is no mere matter of memory where BatchNorm learns."""
     one, two = (steps_taken[f"1-1-{accumulate}"]["loss"] for accumulate in (1, 2))

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sammix_jax.models.remat import rematerialised
+from sammix_jax.models.blocks import block_class
 
 _KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -187,7 +187,7 @@ class ResNet38(nn.Module):
       output_stride: 32 (the classification form), or 16 or 8 (dilated, the form of the weakly
         supervised literature: B5 at dilation 2, B6 and B7 at 4).
       dtype: compute dtype.
-      remat: a name in `remat.POLICIES`.
+      remat: a name in `blocks.POLICIES`.
     """
 
     output_stride: int = 32
@@ -199,7 +199,7 @@ class ResNet38(nn.Module):
         """(B, H, W, C) → (B, h, w, 4096), not negative; `begin` and `end` as in `_between`."""
         if not begin:
             x = _conv(x, 64, 3, 1, 1, self.dtype, "conv1a")
-        block = rematerialised(PreActivationBlock, self.remat, static_argnums=(2,))
+        block = block_class(PreActivationBlock, self.remat, static_argnums=(2,))
         stages = _dilate(_RESNET38, 1, self.output_stride)
         for stage, stride, before, dilation in _between(stages, begin, end):
             for i in range(stage.depth):
@@ -223,7 +223,7 @@ class ResNet(nn.Module):
       arch: 'resnet18', 'resnet34', 'resnet50' or 'mini'.
       output_stride: 32, 16 or 8; `mini` 16 or 8.
       dtype: compute dtype.
-      remat: a name in `remat.POLICIES`.
+      remat: a name in `blocks.POLICIES`.
     """
 
     arch: str
@@ -244,7 +244,7 @@ class ResNet(nn.Module):
             x = nn.relu(_norm(x, train, self.dtype, "bn1"))
             if not mini:
                 x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        block = rematerialised(ResidualBlock, self.remat, static_argnums=(2,))
+        block = block_class(ResidualBlock, self.remat, static_argnums=(2,))
         stages = _dilate(_RESNETS[self.arch], 2 if mini else 4, self.output_stride)
         for stage, stride, before, dilation in _between(stages, begin, end):
             for i in range(stage.depth):
@@ -273,7 +273,7 @@ class Classifier(nn.Module):
       dtype: compute dtype of the trunk; pooling and head are float32.
       freeze_batch_norm: normalise by the running statistics in training too, as batches of one
         slice may need.
-      remat: a name in `remat.POLICIES`.
+      remat: a name in `blocks.POLICIES`.
     """
 
     arch: str

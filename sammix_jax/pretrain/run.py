@@ -90,7 +90,7 @@ def pretrain(config, workdir) -> Path:
             numbers = jax.device_put(np.arange(images, dtype=np.int32), along_batch(mesh, images))
             side = config.model.image_size
             examples = held_out_scenes(config.pretrain.held_out, side, VALIDATION)
-            answer = make_answer(sam, config.input.normalise)
+            answer = make_answer(sam, config.input.normalise, mesh)
             validation = Validation(
                 lambda state, stop: _measure(answer, state, examples), best="iou"
             )

@@ -5,15 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from scipy import ndimage
 
 from sammix_jax.method.cam import mask_to_box
 from sammix_jax.method.losses import mask_iou
 from sammix_jax.method.preprocess import to_rgb
+from sammix_jax.models.blocks import gather_outside_blocks
 from sammix_jax.models.sam.choice import choose_masks
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.pretrain.scenes import draw_scenes
 from sammix_jax.pretrain.step import LARGEST, SMALLEST
+from sammix_jax.sharding import on_mesh
 
 # Streams that no training step draws from, whatever its seed: what chooses the best checkpoint, and
 # what is reported of it.
@@ -64,16 +67,17 @@ def held_out_scenes(count: int, size: int, stream: int) -> Prompted:
     return prompted(images, np.stack([masks[i, k] for i, k in chosen]))
 
 
-def make_answer(sam: Sam, normalisation: str):
+def make_answer(sam: Sam, normalisation: str, mesh: Mesh | None = None):
     """Returns the jitted `answer(variables, images, masks, prompt) -> IoU`.
 
     `prompt` is a dict with `boxes` (B, 4) or `points` (B, 2); of the three masks the one is taken
-    that the model itself thinks best. IoU (B,) float32 on the images' own grid.
+    that the model itself thinks best. IoU (B,) float32 on the images' own grid. `mesh` is that on
+    which the variables lie; None where no part of them is divided.
     """
 
     def answer(variables, images, masks, prompt):
         size = images.shape[1:]
-        bound = sam.bind(variables)
+        bound = sam.bind(gather_outside_blocks(variables))
         embeddings = bound.encode_image(to_rgb(images, normalisation))
         if "boxes" in prompt:
             given = {"boxes": prompt["boxes"][:, None]}
@@ -84,7 +88,7 @@ def make_answer(sam: Sam, normalisation: str):
         answers = choose_masks(logits[:, 0], iou[:, 0], size, "argmax_iou", 0)
         return mask_iou(answers.logits > 0, masks)
 
-    return jax.jit(answer)
+    return jax.jit(on_mesh(mesh, answer) if mesh else answer)
 
 
 def prompt_ious(answer, variables, examples: Prompted, batch: int = 32) -> dict[str, np.ndarray]:

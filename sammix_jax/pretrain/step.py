@@ -20,12 +20,13 @@ from jax.sharding import Mesh
 
 from sammix_jax.method.losses import dice_costs, focal_costs, mask_iou
 from sammix_jax.method.preprocess import to_rgb
+from sammix_jax.models.blocks import gather_outside_blocks
 from sammix_jax.models.sam.mask_decoder import MULTIMASK, SINGLE_MASK
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.pretrain.prompts import corrections, jittered_boxes, random_points
 from sammix_jax.pretrain.scenes import Scenes, draw_scenes
-from sammix_jax.sharding import along_batch, gather, replicated
+from sammix_jax.sharding import along_batch, on_mesh, replicated
 from sammix_jax.training.optim import merge_params
 from sammix_jax.training.step import TrainState, apply_gradients, new_state
 
@@ -88,7 +89,7 @@ def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh, side: int):
     rows = along_batch(mesh, settings.images)
 
     def loss_fn(trainable, frozen, scenes: Scenes, keys: jax.Array):
-        variables = {"params": gather(mesh)(merge_params(trainable, frozen)["sam"])}
+        variables = gather_outside_blocks({"params": merge_params(trainable, frozen)["sam"]})
         return promptable_loss(sam, variables, scenes, keys, settings, config.input.normalise)
 
     def step(state: TrainState, numbers: jax.Array) -> tuple[TrainState, dict]:
@@ -109,7 +110,8 @@ def make_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh, side: int):
 def jit_pretrain_step(sam: Sam, optimiser, config, mesh: Mesh, side: int, sharding):
     """The step as a run takes it: the state stays where it lies, the old one is given up."""
     step = make_pretrain_step(sam, optimiser, config, mesh, side)
-    return jax.jit(step, out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
+    placed = (sharding, replicated(mesh))
+    return jax.jit(on_mesh(mesh, step), out_shardings=placed, donate_argnums=0)
 
 
 def promptable_loss(

@@ -1,7 +1,5 @@
 """The training state and one step of it."""
 
-from collections.abc import Callable
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,8 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from sammix_jax.method.consistency import follow
-from sammix_jax.sharding import BatchLayout, gather, place_whole, replicated
+from sammix_jax.models.blocks import gather_outside_blocks
+from sammix_jax.sharding import BatchLayout, on_mesh, place_whole, replicated
 from sammix_jax.systems.system import Microbatch, System
 from sammix_jax.training.optim import merge_params, split_params
 from sammix_jax.weights import fill, load_weights
@@ -114,7 +113,6 @@ def make_train_step(
     config,
     layout: BatchLayout | None = None,
     unroll: bool = False,
-    gather: Callable = lambda tree: tree,
 ):
     """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
 
@@ -128,7 +126,6 @@ def make_train_step(
       layout: of the batches; None is one shard of the config's sizes in one part.
       unroll: write microbatches out one after another. As a loop they take less memory and
         compilation, but on a CPU XLA runs convolutions in a loop ten times slower than outside.
-      gather: makes parameters whole where they are used, see `sharding.gather`.
     """
     if layout is None:
         layout = BatchLayout(config.train.batch_labelled, config.train.batch_unlabelled)
@@ -139,7 +136,9 @@ def make_train_step(
         student = state.replace(trainable=trainable, batch_stats=batch_stats)
         teacher = state.replace(trainable=state.teacher)
         return system.loss(
-            gather(student.variables), part, gather(teacher.variables) if taught else None
+            gather_outside_blocks(student.variables),
+            part,
+            gather_outside_blocks(teacher.variables) if taught else None,
         )
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -197,9 +196,9 @@ def jit_train_step(system: System, optimiser, config, layout: BatchLayout, mesh:
         config,
         layout,
         unroll=mesh.devices.flat[0].platform == "cpu",
-        gather=gather(mesh),
     )
-    return jax.jit(step, out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
+    placed = (sharding, replicated(mesh))
+    return jax.jit(on_mesh(mesh, step), out_shardings=placed, donate_argnums=0)
 
 
 def _accumulate(backward, batch_stats, parts: dict, unroll: bool):

@@ -23,7 +23,7 @@ from sammix_jax.method import cam as cams
 from sammix_jax.method.cam import CamPrompt, cam_prompt, grad_cam_by_gradient
 from sammix_jax.method.preprocess import NORMALISATIONS, to_rgb
 from sammix_jax.method.sam_mix import sam_mix
-from sammix_jax.models.remat import POLICIES
+from sammix_jax.models.blocks import POLICIES
 from sammix_jax.models.resnet import STAGES, Classifier
 
 

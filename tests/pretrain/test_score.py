@@ -50,7 +50,8 @@ def test_the_mask_that_the_model_thinks_best_is_compared_with_the_truth():
     masks[:, 4:9, 3:8] = True  # five by five: what a point is answered with
     masks[4, 9:12, 3:8] = True
     examples = prompted(np.zeros((5, 16, 16), np.float32), masks)
-    found = prompt_ious(make_answer(Boxes(), "unit"), {}, examples, batch=3)  # the last filled up
+    answer = make_answer(Boxes(), "unit")
+    found = prompt_ious(answer, {"params": {}}, examples, batch=3)  # the last filled up
     np.testing.assert_allclose(found["box"], 1.0)
     np.testing.assert_allclose(found["point"], [1.0] * 4 + [25 / 40])
 

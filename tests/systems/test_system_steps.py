@@ -50,7 +50,7 @@ def test_predictions_under_each_protocol(name):
     truth = np.zeros(batch["hu"].shape, bool)
     truth[:2] = batch["mask"] > 0
     found, open_ = (
-        make_predict(system, system.config, system.protocols, gate)(
+        make_predict(system, system.config, system.protocols, gate=gate)(
             states[-1].variables, batch["hu"], truth
         )
         for gate in (True, False)
@@ -94,7 +94,7 @@ def test_multimix_is_gated_by_its_classifier():
     head["kernel"] = jnp.zeros_like(head["kernel"])
     head["bias"] = jnp.array([1.0, 0.0])  # never the organ
     for gate in (True, False):
-        gated = make_predict(system, system.config, ("none",), gate)
+        gated = make_predict(system, system.config, ("none",), gate=gate)
         logits = gated(variables, batch_of()["hu"], None).logits["none"]
         assert bool((logits == OUTSIDE).all()) == gate
 

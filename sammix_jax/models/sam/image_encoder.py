@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sammix_jax.models.blocks import block_class
 from sammix_jax.models.lora import add_low_rank
-from sammix_jax.models.remat import rematerialised
 from sammix_jax.models.sam.attention import QUERY_CHUNK, attend, attend_fused, can_fuse
 from sammix_jax.models.sam.layers import LayerNorm, Mlp, gelu
 from sammix_jax.models.sam.variants import SamVariant
@@ -163,7 +163,7 @@ class ImageEncoder(nn.Module):
       variant: sizes.
       lora_rank, lora_targets: LoRA on each block's fused projection; rank 0 means none.
       query_chunk: see `attention.attend`.
-      remat: a name in `remat.POLICIES`: what of each block the backward pass computes again.
+      remat: a name in `blocks.POLICIES`: what of each block the backward pass computes again.
       dtype: compute type; parameters are float32.
     """
 
@@ -209,7 +209,7 @@ class ImageEncoder(nn.Module):
             position = jax.image.resize(position, (1, *x.shape[1:]), "linear", antialias=False)
         x = x + position.astype(self.dtype)
 
-        block = rematerialised(Block, self.remat)
+        block = block_class(Block, self.remat)
         for i in range(sizes.depth):
             is_global = i in sizes.global_blocks
             x = block(
