@@ -12,8 +12,8 @@ from sammix_jax.method.augment import AUGMENTATIONS
 from sammix_jax.method.cam import COMPONENTS, METHODS
 from sammix_jax.method.objective import CLASSIFICATION_LOSSES
 from sammix_jax.method.preprocess import NORMALISATIONS, SCALINGS
+from sammix_jax.method.prompted_sam import PROMPTS
 from sammix_jax.method.sam_mix import BOX_SOURCES, DTYPES, FUSIONS
-from sammix_jax.models.baselines.prompted_sam import PROMPTS
 from sammix_jax.models.baselines.transunet import VARIANTS as TRANSUNETS
 from sammix_jax.models.blocks import POLICIES
 from sammix_jax.models.lora import THIRDS

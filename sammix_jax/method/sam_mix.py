@@ -16,10 +16,9 @@ import numpy as np
 
 from sammix_jax.method.cam import CamPrompt, cam_prompt, grad_cam, grad_cam_by_gradient, plain_cam
 from sammix_jax.method.preprocess import to_rgb
+from sammix_jax.method.prompted_sam import PromptedSam, sam_fields
 from sammix_jax.models.resnet import Classifier
-from sammix_jax.models.sam.attention import QUERY_CHUNK
-from sammix_jax.models.sam.choice import Masks, choose_masks
-from sammix_jax.models.sam.sam import Sam
+from sammix_jax.models.sam.choice import Masks
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.sharding import first_of_each
 
@@ -39,13 +38,9 @@ class SamMixOutput(NamedTuple):
     masks: Masks
 
 
-class SamMix(nn.Module):
+class SamMix(PromptedSam, kw_only=True):
     """The two tasks and the path between them; fields as in `config.model`, `.cam` and `.input`."""
 
-    sam_variant: str
-    image_size: int
-    lora_rank: int
-    lora_targets: tuple[str, ...]
     classifier_arch: str
     classifier_stride: int
     freeze_batch_norm: bool
@@ -56,22 +51,9 @@ class SamMix(nn.Module):
     cam_fusion: str
     cam_soft: bool
     cam_box: bool
-    mask_choice: str
-    mask_index: int
-    normalisation: str
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
-    query_chunk: int = QUERY_CHUNK
 
     def setup(self):
-        self.sam = Sam(
-            variant=self.sam_variant,
-            lora_rank=self.lora_rank,
-            lora_targets=self.lora_targets,
-            dtype=self.dtype,
-            remat=self.remat,
-            query_chunk=self.query_chunk,
-        )
+        super().setup()
         self.classifier = Classifier(
             arch=self.classifier_arch,
             output_stride=self.classifier_stride,
@@ -110,14 +92,14 @@ class SamMix(nn.Module):
         class_logits, features = self.classify(images, train)
         images, features = (first_of_each(x, segmented, shards) for x in (images, features))
         prompt = self.prompt(images, features)
-        embeddings = self.encode(images)
+        embeddings = self.fuse(self.encode(images), prompt)
         if boxes is not None:
             # (P, 4) → (G, P / G, 4), (N, 4) → (G, N / G, 4)
             given, cams = (x.reshape(shards, -1, 4) for x in (boxes, prompt.box))
             box = jnp.concatenate([given, cams[:, given.shape[1] :]], axis=1)
             prompt = prompt._replace(box=box.reshape(-1, 4))  # (G, N / G, 4) → (N, 4)
         box = prompt.box if self.cam_box else None
-        masks = self.segment(embeddings, images.shape[1:], prompt, box)
+        masks = self.segment(embeddings, images.shape[1:], boxes=box)
         return SamMixOutput(class_logits, prompt, masks)
 
     def classify(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -152,46 +134,19 @@ class SamMix(nn.Module):
             cam = grad_cam_by_gradient(score, at_layer, POSITIVE)
         return cam_prompt(cam, images.shape[1:], self.cam_threshold, self.cam_component)
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """(B, H, W) → image embeddings (B, h, w, C)."""
-        shape = (len(images), self.image_size, self.image_size)
-        resized = jax.image.resize(images, shape, "linear")  # antialiased where it shrinks
-        return self.sam.encode_image(to_rgb(resized, self.normalisation))
-
-    def segment(
-        self,
-        embeddings: jax.Array,
-        size: tuple[int, int],
-        fused: CamPrompt | None,
-        boxes: jax.Array | None,
-    ) -> Masks:
-        """Prompts the mask decoder.
+    def fuse(self, embeddings: jax.Array, prompt: CamPrompt | None) -> jax.Array:
+        """⊕ of the figure: the CAM mask, averaged onto the grid, is added to every channel.
 
         Args:
           embeddings: (B, h, w, C) image embeddings.
-          size: (H, W) of the slices.
-          fused: whose CAM is fused with the embeddings, or None for no CAM.
-          boxes: (B, 4) XYXY in pixels of the slice, or None.
+          prompt: of the same slices; None fuses nothing.
         """
-        embeddings = self._fuse(embeddings, fused)
-        if boxes is not None:
-            scale = self.image_size / jnp.array([size[1], size[0], size[1], size[0]], jnp.float32)
-            boxes = (boxes * scale)[:, None]  # (B, P=1, 4)
-        low_res_logits, iou = self.sam.decode(
-            embeddings, input_size=(self.image_size, self.image_size), boxes=boxes
-        )  # (B, 1, 4, 4h, 4w), (B, 1, 4)
-        return choose_masks(
-            low_res_logits[:, 0], iou[:, 0], size, self.mask_choice, self.mask_index
-        )
-
-    def _fuse(self, embeddings: jax.Array, fused: CamPrompt | None) -> jax.Array:
-        """⊕ of the figure: the CAM mask, averaged onto the grid, is added to every channel."""
-        if self.cam_fusion == "none" or (fused is None and self.cam_fusion == "add"):
+        if self.cam_fusion == "none" or (prompt is None and self.cam_fusion == "add"):
             return embeddings
-        if fused is None:  # the projection has learned to stand between encoder and decoder
+        if prompt is None:  # the projection has learned to stand between encoder and decoder
             grid = jnp.zeros((*embeddings.shape[:3], 1), embeddings.dtype)
         else:
-            cam = fused.cam if self.cam_soft else fused.mask.astype(jnp.float32)
+            cam = prompt.cam if self.cam_soft else prompt.mask.astype(jnp.float32)
             rows, columns = (
                 _area_weights(target, source)
                 for target, source in zip(embeddings.shape[1:3], cam.shape[1:], strict=True)
@@ -219,10 +174,7 @@ def _area_weights(target: int, source: int) -> np.ndarray:
 def sam_mix(config) -> SamMix:
     """The model that a config describes; `config_rules.check_config` says what it may hold."""
     return SamMix(
-        sam_variant=config.model.sam,
-        image_size=config.model.image_size,
-        lora_rank=config.model.lora_rank,
-        lora_targets=tuple(config.model.lora_targets),
+        **sam_fields(config),
         classifier_arch=config.model.classifier,
         classifier_stride=config.model.classifier_stride,
         freeze_batch_norm=config.model.freeze_batch_norm,
@@ -233,10 +185,4 @@ def sam_mix(config) -> SamMix:
         cam_fusion=config.cam.fusion,
         cam_soft=config.cam.soft,
         cam_box=config.cam.box,
-        mask_choice=config.model.mask_choice,
-        mask_index=config.model.mask_index,
-        normalisation=config.input.normalise,
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        query_chunk=config.model.query_chunk,
     )

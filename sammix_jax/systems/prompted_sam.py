@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from sammix_jax.method.cam import mask_to_box
 from sammix_jax.method.losses import iou_loss
-from sammix_jax.method.preprocess import to_rgb
-from sammix_jax.models.baselines.prompted_sam import PromptedSam, points_inside
+from sammix_jax.method.prompted_sam import PromptedSam, points_inside, sam_fields
 from sammix_jax.systems.masked import POINTS, keys_for, segmentation, view_masked
 from sammix_jax.systems.system import Microbatch, SlicePredictions, System, ruled_out
 
@@ -26,25 +25,14 @@ class PromptedSamSystem(System):
 
     @classmethod
     def of(cls, config) -> "PromptedSamSystem":
-        settings = config.model
-        model = PromptedSam(
-            sam_variant=settings.sam,
-            lora_rank=settings.lora_rank,
-            lora_targets=tuple(settings.lora_targets),
-            mask_choice=settings.mask_choice,
-            mask_index=settings.mask_index,
-            dtype=jnp.dtype(settings.dtype),
-            remat=settings.remat,
-            query_chunk=settings.query_chunk,
-        )
-        return cls(model, config)
+        return cls(PromptedSam(**sam_fields(config)), config)
 
     @property
     def headline(self) -> str:
         return "gt_points" if self.config.model.prompt == "points" else "none"
 
     def init(self, key: jax.Array, images: jax.Array) -> dict:
-        return self.model.init(key, self._inputs(images), images.shape[1:])
+        return self.model.init(key, images)
 
     def loss(self, variables: dict, part: Microbatch, teacher: dict | None = None):
         view, weights = view_masked(part, self.config), self.config.loss
@@ -53,8 +41,7 @@ class PromptedSamSystem(System):
             keys = keys_for(view.key, POINTS)
             points, labels = points_inside(view.masks > 0.5, keys, self.config.train.points)
             prompts = {"points": points, "labels": labels}
-        size = view.images.shape[1:]
-        output = self.model.apply(variables, self._inputs(view.images), size, **prompts)
+        output = self.model.apply(variables, view.images, **prompts)
         loss, metrics = segmentation(output.logits, view, weights)
         if weights.iou:
             shape = output.candidates.shape  # (B, M, H, W)
@@ -68,11 +55,10 @@ class PromptedSamSystem(System):
     def predict(self, variables, images, truth, protocols, gate) -> SlicePredictions:
         size, logits = images.shape[1:], {}
         model = self.model.bind(variables)
-        inputs = self._inputs(images)
-        embeddings = model.encode(inputs)
+        embeddings = model.encode(images)
         for protocol in protocols:
             if protocol == "none":
-                found = model.segment(embeddings, inputs.shape[1], size)
+                found = model.segment(embeddings, size)
                 logits[protocol] = found.logits
                 continue
             boxes, absent = mask_to_box(truth)
@@ -82,14 +68,7 @@ class PromptedSamSystem(System):
                 keys = jnp.broadcast_to(jax.random.key(0), len(truth))
                 points, labels = points_inside(truth, keys, self.config.evaluate.points)
                 prompts = {"points": points, "labels": labels}
-            found = model.segment(embeddings, inputs.shape[1], size, **prompts)
+            found = model.segment(embeddings, size, **prompts)
             # There is nothing to prompt with where the organ is not.
             logits[protocol] = ruled_out(absent, found.logits)
         return SlicePredictions(None, None, None, None, logits)
-
-    def _inputs(self, images: jax.Array) -> jax.Array:
-        """(B, H, W) → (B, S, S, 3), normalised."""
-        side = self.config.model.image_size
-        shape = (len(images), side, side)
-        resized = jax.image.resize(images, shape, "linear")  # antialiased where it shrinks
-        return to_rgb(resized, self.config.input.normalise)

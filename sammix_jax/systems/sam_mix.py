@@ -89,19 +89,20 @@ class SamMixSystem(System):
         class_logits, features = model.classify(images)
         prompt = model.prompt(images, features)
         embeddings = model.encode(images)
+        fused = model.fuse(embeddings, prompt)
         probability = organ_probability(class_logits)
         negative = (probability < 0.5) & gate
         logits = {}
         for protocol in protocols:
             if protocol == "cam":
                 box = prompt.box if self.config.cam.box else None
-                mask = model.segment(embeddings, size, prompt, box).logits
+                mask = model.segment(fused, size, boxes=box).logits
                 outside = negative
             elif protocol == "gt_box":
                 box, outside = mask_to_box(truth)
-                mask = model.segment(embeddings, size, prompt, box).logits
+                mask = model.segment(fused, size, boxes=box).logits
             else:
-                mask = model.segment(embeddings, size, None, None).logits
+                mask = model.segment(model.fuse(embeddings, None), size).logits
                 outside = negative
             logits[protocol] = ruled_out(outside, mask)
         return SlicePredictions(probability, prompt.cam, prompt.box, prompt.empty, logits)

@@ -55,7 +55,7 @@ def test_no_gradient_flows_through_the_cam(variables, images):
 
 
 def on_a_smaller_grid(model, embeddings, boxes):
-    return model.segment(embeddings, (32, 16), None, boxes)
+    return model.segment(model.fuse(embeddings, None), (32, 16), boxes=boxes)
 
 
 def test_a_given_box_is_in_pixels_of_the_slice(variables):

@@ -54,7 +54,7 @@ def run(fields, variables, method, *args):
 
 
 def on_the_slices_grid(model, embeddings, fused, boxes):
-    return model.segment(embeddings, (64, 64), fused, boxes)
+    return model.segment(model.fuse(embeddings, fused), (64, 64), boxes=boxes)
 
 
 def segment(fields, variables, embeddings, fused=None, boxes=None):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_systems import SIDE, batch_of, microbatch, tiny_config
 
-from sammix_jax.models.baselines.prompted_sam import points_inside
+from sammix_jax.method.prompted_sam import points_inside
 from sammix_jax.sharding import BatchLayout
 from sammix_jax.systems.named import make_system
 
@@ -32,12 +32,11 @@ def test_points_prompt_training_and_scoring(monkeypatch):
     name = "prompted_sam_points"
     config = tiny_config(name, **{"train.points": 2, "evaluate.points": 3})
     assert config.model.prompt == "points"
-    config.model.image_size = 2 * SIDE
     seen = []
 
     class Spy:
-        def apply(self, variables, images, size, points=None, labels=None):
-            seen.append((images.shape, size, points, labels))
+        def apply(self, variables, images, points=None, labels=None):
+            seen.append((images.shape, points, labels))
             raise StopIteration
 
         def bind(self, variables):
@@ -46,8 +45,9 @@ def test_points_prompt_training_and_scoring(monkeypatch):
         def encode(self, images):
             return images
 
-        def segment(self, embeddings, side, size, points, labels):
-            seen.append((embeddings.shape, size, points, labels))
+        def segment(self, embeddings, size, points, labels):
+            assert size == (SIDE, SIDE)
+            seen.append((embeddings.shape, points, labels))
             raise StopIteration
 
     system = type(make_system(config))(Spy(), config)
@@ -57,9 +57,9 @@ def test_points_prompt_training_and_scoring(monkeypatch):
     truth = jnp.asarray(batch["mask"] > 0)
     with pytest.raises(StopIteration):
         system.predict({}, jnp.zeros(truth.shape), truth, ("gt_points",), True)
-    for (shape, size, points, labels), count in zip(seen, (2, 3), strict=True):
-        assert shape == (2, 2 * SIDE, 2 * SIDE, 3) and size == (SIDE, SIDE)
+    for (shape, points, labels), count in zip(seen, (2, 3), strict=True):
+        assert shape == (2, SIDE, SIDE)
         assert points.shape == (2, count, 2) and (labels == 1).all()
-    x, y = np.asarray(seen[1][2]).reshape(-1, 2).T
+    x, y = np.asarray(seen[1][1]).reshape(-1, 2).T
     assert (x >= 10).all() and (x < 26).all() and (y >= 8).all() and (y < 20).all()
-    np.testing.assert_array_equal(seen[1][2][0], seen[1][2][1])  # one mask, one choice of points
+    np.testing.assert_array_equal(seen[1][1][0], seen[1][1][1])  # one mask, one choice of points

@@ -1,14 +1,16 @@
-"""SAM without a classifier, prompted from outside or not at all.
+"""SAM on slices, prompted from outside or not at all.
 
 With points drawn from the truth it is the paper's SAM-PP (Segment Anything, fine-tuned or as it
 is); with LoRA and without prompts it is in the manner of SAMed (Zhang and Liu 2023, arXiv
-2304.13785), whose decoder also learns and whose prompt is the default embedding.
+2304.13785), whose decoder also learns and whose prompt is the default embedding. With a classifier
+that prompts it, it is SAM-Mix.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sammix_jax.method.preprocess import to_rgb
 from sammix_jax.models.sam.attention import QUERY_CHUNK
 from sammix_jax.models.sam.choice import Masks, choose_masks
 from sammix_jax.models.sam.sam import Sam
@@ -17,16 +19,15 @@ PROMPTS = ("none", "points")
 
 
 class PromptedSam(nn.Module):
-    """Segment Anything on slices; fields as in `config.model`.
-
-    Its parameters lie below `sam`, as SAM-Mix's do, so the same weight files fit.
-    """
+    """Segment Anything on slices; fields as in `config.model` and `.input`."""
 
     sam_variant: str
+    image_size: int
     lora_rank: int
     lora_targets: tuple[str, ...]
     mask_choice: str
     mask_index: int
+    normalisation: str
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     query_chunk: int = QUERY_CHUNK
@@ -41,18 +42,23 @@ class PromptedSam(nn.Module):
             query_chunk=self.query_chunk,
         )
 
-    def __call__(self, images: jax.Array, size: tuple[int, int], **prompts) -> Masks:
-        """`encode`, then `segment`."""
-        return self.segment(self.encode(images), images.shape[1], size, **prompts)
+    def __call__(self, images: jax.Array, **prompts) -> Masks:
+        """`encode`, then `segment` on the slices' grid."""
+        return self.segment(self.encode(images), images.shape[1:], **prompts)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """(B, S, S, 3) float32, normalised → image embeddings (B, h, w, C)."""
-        return self.sam.encode_image(images)
+        """(B, H, W) float32 in [0, 1], windowed → image embeddings (B, h, w, C)."""
+        return self.sam.encode_image(self.inputs(images))
+
+    def inputs(self, images: jax.Array) -> jax.Array:
+        """(B, H, W) → (B, S, S, 3) as SAM takes them, S = `image_size`."""
+        shape = (len(images), self.image_size, self.image_size)
+        resized = jax.image.resize(images, shape, "linear")  # antialiased where it shrinks
+        return to_rgb(resized, self.normalisation)
 
     def segment(
         self,
         embeddings: jax.Array,
-        side: int,
         size: tuple[int, int],
         points: jax.Array | None = None,
         labels: jax.Array | None = None,
@@ -62,12 +68,12 @@ class PromptedSam(nn.Module):
 
         Args:
           embeddings: (B, h, w, C) image embeddings.
-          side: S of the images they are of, pixels.
           size: (H, W) of the slices.
           points: (B, N, 2) x and y in pixels of the slice, whose pixel i has its centre at i.
           labels: (B, N) int32: 1 inside, 0 outside, -1 no point.
           boxes: (B, 4) XYXY in pixels of the slice, whose maximum edge is one past the last pixel.
         """
+        side = self.image_size
         scale = side / jnp.array(size[::-1], jnp.float32)  # x, y
         if points is not None:
             points = ((points + 0.5) * scale - 0.5)[:, None]  # (B, P=1, N, 2)
@@ -80,6 +86,22 @@ class PromptedSam(nn.Module):
         return choose_masks(
             low_res_logits[:, 0], iou[:, 0], size, self.mask_choice, self.mask_index
         )
+
+
+def sam_fields(config) -> dict:
+    """The fields of a `PromptedSam` that a config describes."""
+    return {
+        "sam_variant": config.model.sam,
+        "image_size": config.model.image_size,
+        "lora_rank": config.model.lora_rank,
+        "lora_targets": tuple(config.model.lora_targets),
+        "mask_choice": config.model.mask_choice,
+        "mask_index": config.model.mask_index,
+        "normalisation": config.input.normalise,
+        "dtype": jnp.dtype(config.model.dtype),
+        "remat": config.model.remat,
+        "query_chunk": config.model.query_chunk,
+    }
 
 
 def points_inside(masks: jax.Array, keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
