@@ -15,16 +15,16 @@ from sammix_jax.errors import UserError
 from sammix_jax.method.preprocess import scale_slices
 from sammix_jax.models.blocks import gather_outside_blocks
 from sammix_jax.sharding import (
+    abstract_state,
     along_batch,
     filled_batch,
     make_mesh,
     on_mesh,
     place_whole,
-    state_sharding,
 )
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import SlicePredictions, System
-from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import make_init
 
@@ -155,10 +155,10 @@ def load_model(config, workdir) -> tuple[System, dict]:
     if not folder.exists():
         raise UserError(f"{folder}: no checkpoint there; train the workdir first.")
     system = make_system(config)
-    shapes = jax.eval_shape(make_init(system, make_optimiser(config.train, steps=1), config))
     # There may be fewer devices than trained it.
     mesh = make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
-    like = abstract(shapes, state_sharding(shapes, mesh, config.mesh.shard_frozen))
+    init = make_init(system, make_optimiser(config.train, steps=1), config)
+    like = abstract_state(init, mesh, config.mesh.shard_frozen)
     with Checkpoints(workdir, read_only=True) as checkpoints:
         checkpoints.check_preprocessing(config)
         state = checkpoints.restore_best(like)

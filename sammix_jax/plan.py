@@ -18,16 +18,16 @@ from sammix_jax.errors import UserError
 from sammix_jax.flops import count_flops
 from sammix_jax.inference import make_predict
 from sammix_jax.sharding import (
+    abstract_state,
     along_batch,
     batch_layout,
     filled_batch,
     make_mesh,
     rows_sharding,
-    state_sharding,
+    shardings,
 )
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES
-from sammix_jax.training.checkpoint import abstract
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import jit_train_step, make_init
 
@@ -133,7 +133,7 @@ def plan_train(config, target: Target) -> StepPlan:
     """Compiles the train step; see `plan`."""
     mesh = make_mesh(config.mesh.fsdp, target.devices)
     layout = batch_layout(config.train, mesh)
-    system, state, placed = _state(config, mesh)
+    system, state = _state(config, mesh)
     side = config.data.size
     rows = rows_sharding(layout, mesh)
     batch = {
@@ -141,14 +141,14 @@ def plan_train(config, target: Target) -> StepPlan:
         "mask": jax.ShapeDtypeStruct((layout.labelled, side, side), np.uint8, sharding=rows),
         "image_label": jax.ShapeDtypeStruct((layout.size,), np.int32, sharding=rows),
     }
-    step = jit_train_step(system, _optimiser(config), config, layout, mesh, placed)
+    step = jit_train_step(system, _optimiser(config), config, layout, mesh, shardings(state))
     return _step_plan("train", layout.size, step, (state, batch), _parts(state), target)
 
 
 def plan_predict(config, target: Target) -> StepPlan:
     """Compiles the predict step; see `plan`."""
     mesh = make_mesh(config.mesh.fsdp, target.devices)
-    system, state, _ = _state(config, mesh)
+    system, state = _state(config, mesh)
     count, side = filled_batch(mesh, config.evaluate.batch), config.data.size
     placed = along_batch(mesh, count)
     hu = jax.ShapeDtypeStruct((count, side, side), np.int16, sharding=placed)
@@ -166,11 +166,10 @@ def _optimiser(config):
 
 
 def _state(config, mesh: Mesh):
-    """The system, the shapes of its training state where they lie, and where that is."""
+    """The system and the shapes of its training state."""
     system = make_system(config)
-    shapes = jax.eval_shape(make_init(system, _optimiser(config), config))
-    placed = state_sharding(shapes, mesh, config.mesh.shard_frozen)
-    return system, abstract(shapes, placed), placed
+    init = make_init(system, _optimiser(config), config)
+    return system, abstract_state(init, mesh, config.mesh.shard_frozen)
 
 
 def _parts(state) -> dict[str, int]:

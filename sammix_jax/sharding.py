@@ -93,6 +93,29 @@ def state_sharding(state, mesh: Mesh, shard_frozen: bool):
     return placed if shard_frozen else placed.replace(frozen=whole.frozen)
 
 
+def abstract(tree, sharding):
+    """Shapes and dtypes of a tree, placed by `sharding` (one, or a tree)."""
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        sharding,
+    )
+
+
+def abstract_state(init: Callable, mesh: Mesh, shard_frozen: bool):
+    """The state that `init` makes as shapes, each of which says where it lies: what a checkpoint is
+    restored to, and what a step is compiled for. Nothing is computed."""
+    shapes = jax.eval_shape(init)
+    return abstract(shapes, state_sharding(shapes, mesh, shard_frozen))
+
+
+def shardings(tree):
+    """Where the leaves of a tree lie."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
     """A function to be jitted, within which `gather` knows of the mesh."""
 

@@ -16,14 +16,9 @@ from sammix_jax.data.splits import Split, taught_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.validate import validate
 from sammix_jax.inference import make_predict
-from sammix_jax.sharding import (
-    batch_layout,
-    make_mesh,
-    place_batch,
-    state_sharding,
-)
+from sammix_jax.sharding import abstract_state, batch_layout, make_mesh, place_batch, shardings
 from sammix_jax.systems.named import make_system
-from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.loop import Validation, run_steps
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import TrainState, jit_train_step, load_pretrained, make_init
@@ -72,9 +67,8 @@ def train(config, workdir, store: SliceStore) -> bool:
 
     # ---- State: abstract first, then restored or initialised straight onto the mesh
     init = make_init(system, optimiser, config)
-    shapes = jax.eval_shape(init)
-    sharding = state_sharding(shapes, mesh, config.mesh.shard_frozen)
-    like = abstract(shapes, sharding)
+    like = abstract_state(init, mesh, config.mesh.shard_frozen)
+    sharding = shardings(like)
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         checkpoints.check_config(config)
         state = checkpoints.restore(like)

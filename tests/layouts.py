@@ -22,13 +22,14 @@ from sammix_jax.inference import make_predict, predict_slices
 from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.sharding import (
     BatchLayout,
+    abstract_state,
     batch_layout,
     make_mesh,
     place_batch,
-    state_sharding,
+    shardings,
 )
 from sammix_jax.systems.sam_mix import SamMixSystem
-from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.step import TrainState, jit_train_step, make_init
 
 STEPS = 10
@@ -97,11 +98,11 @@ def build(devices: int, fsdp: int, accumulate: int) -> Layout:
     # keys, it would step by that rounding's sign at full length.
     optimiser = optax.sgd(LEARNING_RATE)
     init = make_init(system, optimiser, config)
-    placed = state_sharding(jax.eval_shape(init), mesh, shard_frozen=True)
+    shapes = abstract_state(init, mesh, shard_frozen=True)
+    placed = shardings(shapes)
     divided = {path for path, leaf in placed.trainable.items() if leaf.spec}
     assert any(path.startswith("sam/image_encoder/") for path in divided) == (fsdp > 1)
     step = jit_train_step(system, optimiser, config, layout, mesh, placed)
-    shapes = abstract(jax.eval_shape(init), placed)
     step = step.lower(shapes, place_batch(batches, 0, layout, mesh)).compile()
     return Layout(system, mesh, layout, shapes, jax.jit(init, out_shardings=placed), step)
 

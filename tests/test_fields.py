@@ -97,6 +97,16 @@ TESTED = {
     "test_prepare.py": {
         "test_a_part_of_the_height_is_counted_from_the_feet": ("data.slice_range",),
     },
+    "method/test_objective.py": {
+        "test_the_loss_is_the_sum_of_its_weighted_parts": (
+            "loss.classifier",
+            "loss.classification",
+            "loss.segmentation",
+            "loss.dice_smooth",
+            "loss.bce",
+            "loss.iou",
+        ),
+    },
     "method/test_preprocess.py": {
         "test_the_configs_window_becomes_the_unit_range": ("input.window", "input.scaling"),
     },
@@ -136,6 +146,10 @@ TESTED = {
             "evaluate.points",
         ),
     },
+    "systems/test_sam_mix_views.py": {
+        "test_augment_and_seed_decide_what_the_model_sees": ("seed", "train.augment"),
+        "test_the_true_box_prompts_in_training_where_asked_for": ("train.box",),
+    },
     "systems/test_system_configs.py": {
         "test_every_system_has_a_config_and_a_name": ("model.system",),
     },
@@ -154,17 +168,8 @@ TESTED = {
         ),
     },
     "test_train.py": {
-        "test_augment_and_seed_decide_what_the_model_sees": ("seed", "train.augment"),
         "test_given_files_are_followed_to_the_end": ("data.split_file", "data.labels_file"),
         "test_a_frozen_batch_norm_stays": ("model.freeze_batch_norm",),
-        "test_the_loss_is_the_sum_of_its_weighted_parts": (
-            "loss.classifier",
-            "loss.classification",
-            "loss.segmentation",
-            "loss.dice_smooth",
-            "loss.bce",
-            "loss.iou",
-        ),
         "test_the_papers_mode_trains_lora_decoder_prompts_and_classifier": ("train.trainable",),
         "test_epochs_count_slices_without_masks_and_steps_overrule": (
             "train.epochs",
@@ -172,7 +177,6 @@ TESTED = {
             "train.batch_labelled",
             "train.batch_unlabelled",
         ),
-        "test_the_true_box_prompts_in_training_where_asked_for": ("train.box",),
         "test_the_classifier_warms_up_alone": ("train.classifier_warmup_steps",),
     },
     "data/test_splits.py": {"test_a_patients_scans_stay_together": ("data.patient",)},

@@ -18,21 +18,16 @@ from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import evaluate
-from sammix_jax.inference import make_predict
-from sammix_jax.method import losses
-from sammix_jax.method.cam import cam_prompt, mask_to_box
-from sammix_jax.method.objective import sam_mix_loss
-from sammix_jax.method.preprocess import scale_slices
-from sammix_jax.method.sam_mix import Masks, SamMixOutput, sam_mix
+from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.prepare import prepare
-from sammix_jax.sharding import BatchLayout, make_mesh, replicated
+from sammix_jax.sharding import BatchLayout, abstract, make_mesh, replicated
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train import train
 from sammix_jax.training import loop
-from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.log import read_log
 from sammix_jax.training.optim import make_optimiser
-from sammix_jax.training.step import TrainState, make_init, make_train_step
+from sammix_jax.training.step import make_init, make_train_step
 
 
 def tiny_system(config):
@@ -225,107 +220,6 @@ def test_a_frozen_batch_norm_stays(config):
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, after)
 
 
-@pytest.mark.parametrize(("bce", "iou"), [(0.2, 0.4), (0.2, 0.0), (0.0, 0.4)])
-@pytest.mark.parametrize("classifier", ["cross_entropy", "focal"])
-def test_the_loss_is_the_sum_of_its_weighted_parts(config, classifier, bce, iou):
-    """Classification of all four slices; Dice, cross-entropy and IoU of the two with masks."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    candidates = jax.random.normal(keys[0], (2, 3, 8, 8))
-    output = SamMixOutput(
-        jax.random.normal(keys[1], (4, 2)),
-        cam_prompt(jax.random.uniform(keys[2], (2, 4, 4)), (8, 8)),
-        Masks(candidates[:, 1], candidates, jax.random.uniform(keys[3], (2, 3))),
-    )
-    masks, labels = jnp.zeros((2, 8, 8)).at[:, 2:6, 1:5].set(1), jnp.array([1, 1, 0, 1])
-    weights = config.loss
-    weights.classifier, weights.classification, weights.segmentation = classifier, 0.7, 0.3
-    weights.bce, weights.iou, weights.dice_smooth = bce, iou, 5.0
-    classes = {"cross_entropy": losses.cross_entropy, "focal": losses.focal_loss}[classifier]
-    truth = jnp.stack([masks] * 3, axis=1)
-    expected = 0.7 * classes(output.class_logits, labels) + 0.3 * (
-        losses.dice_loss(candidates[:, 1], masks, smooth=5.0)
-        + bce * losses.bce_loss(candidates[:, 1], masks)
-        + iou * losses.iou_loss(output.masks.iou, candidates, truth)
-    )
-    loss, _ = sam_mix_loss(output, masks, labels, weights)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-
-
-class Seen(Exception):
-    """Carries what a function was called with out of the code that called it."""
-
-
-class Spy:
-    """A model that shows what a training step gives it."""
-
-    def apply(self, variables, images, *, boxes=None, **_):
-        raise Seen(np.asarray(images), boxes)
-
-
-def given_to_the_model(config, hu, masks, step=0):
-    """The slices (B, H, W) and boxes with which a step calls the model."""
-    state = TrainState(jnp.array(step), {"a/b": jnp.zeros(1)}, {}, {}, (), {})
-    batch = {"hu": hu, "mask": masks, "image_label": np.ones(len(hu), np.int32)}
-    with pytest.raises(Seen) as seen:
-        layout = BatchLayout(len(masks), len(hu) - len(masks))
-        system = SamMixSystem(Spy(), config)
-        make_train_step(system, make_optimiser(config.train, 10), config, layout)(state, batch)
-    return seen.value.args
-
-
-def bright_organs():
-    """Two slices with masks and one without; HU 100 in the organ, 0 elsewhere."""
-    masks = np.zeros((3, 64, 64), np.uint8)
-    masks[:, 20:44, 10:30] = 1
-    return (masks * 100).astype(np.int16), masks[:2]
-
-
-def test_the_true_box_prompts_in_training_where_asked_for(config):
-    hu, masks = bright_organs()
-    config.train.augment = False
-    assert config.train.box == "cam" and given_to_the_model(config, hu, masks)[1] is None
-    config.train.box = "gt"
-    masks[1] = 0  # as augmentation may leave it
-    _, boxes = given_to_the_model(config, hu, masks)
-    np.testing.assert_array_equal(boxes, [[10, 20, 30, 44], [16, 16, 48, 48]])
-
-
-def test_true_boxes_move_with_augmented_slices(config):
-    hu, masks = bright_organs()
-    config.train.augment, config.train.box = True, "gt"
-    config.input.window = (-50.0, 150.0)  # the organ at 0.75, the rest at 0.25
-    images, boxes = given_to_the_model(config, hu, masks)
-    organ, empty = mask_to_box(images[:2] > 0.5)
-    assert not empty.any()
-    np.testing.assert_allclose(boxes, organ, atol=1.0)
-    assert float(np.abs(boxes - np.array([10, 20, 30, 44])).max()) > 2
-
-
-def test_augment_and_seed_decide_what_the_model_sees(config):
-    hu, masks = bright_organs()
-    config.train.augment = False
-    plain, _ = given_to_the_model(config, hu, masks)
-    np.testing.assert_array_equal(plain, scale_slices(hu, config.input))
-    config.train.augment = True
-    one, again, later = (given_to_the_model(config, hu, masks, step)[0] for step in (3, 3, 4))
-    np.testing.assert_array_equal(one, again)
-    config.seed = 1
-    other, _ = given_to_the_model(config, hu, masks, 3)
-    for images in (plain, later, other):
-        assert float(np.abs(one - images).max()) > 0.1
-
-
-def test_prediction_is_prompted_by_the_cam_whatever_trained(config):
-    """It cannot read `train.box`: a config without that section is all it needs."""
-    hu, _ = bright_organs()
-    system = tiny_system(config)
-    state = jax.eval_shape(make_init(system, make_optimiser(config.train, 10), config))
-    config.unlock()
-    del config.train
-    found = jax.eval_shape(make_predict(system, config, ("cam",)), state.variables, hu, None)
-    assert found.logits["cam"].shape == found.cam.shape == (3, 64, 64)
-
-
 @pytest.mark.parametrize("teacher", [0.0, 1.0])
 def test_the_classifier_warms_up_alone(config, teacher):
     """Neither masks nor a teacher move SAM before `classifier_warmup_steps`: not by a bit."""
@@ -394,6 +288,10 @@ def test_the_papers_mode_trains_lora_decoder_prompts_and_classifier(config):
     assert frozen == ["sam/prompt_encoder/position_encoding/gaussian_matrix"]
 
 
+class Stopped(Exception):
+    """Ends training where a test has seen enough; carries what it saw."""
+
+
 def test_epochs_count_slices_without_masks_and_steps_overrule(
     workdir, config, tmp_path, monkeypatch
 ):
@@ -407,14 +305,14 @@ def test_epochs_count_slices_without_masks_and_steps_overrule(
             made.append(self)
 
     def stop(_, steps):
-        raise Seen(steps)
+        raise Stopped(steps)
 
     monkeypatch.setattr(train_module, "Batches", Recorded)
     monkeypatch.setattr(train_module, "make_optimiser", stop)
 
     def steps_taken(**fields):
         config.train.update(fields)
-        with pytest.raises(Seen) as seen:
+        with pytest.raises(Stopped) as seen:
             train(config, tmp_path, SliceStore.open(workdir / "store"))
         return seen.value.args[0]
 

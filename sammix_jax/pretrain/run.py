@@ -14,8 +14,8 @@ from sammix_jax.models.sam.sam import Sam
 from sammix_jax.pretrain.scenes import SHAPES
 from sammix_jax.pretrain.score import VALIDATION, held_out_scenes, make_answer, prompt_ious
 from sammix_jax.pretrain.step import jit_pretrain_step, make_init
-from sammix_jax.sharding import along_batch, make_mesh, state_sharding
-from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.sharding import abstract_state, along_batch, make_mesh, shardings
+from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.loop import Validation, run_steps
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import load_pretrained
@@ -67,9 +67,8 @@ def pretrain(config, workdir) -> Path:
 
     # ---- State: abstract first, then restored or initialised straight onto the mesh
     init = make_init(sam, optimiser, config)
-    shapes = jax.eval_shape(init)
-    sharding = state_sharding(shapes, mesh, config.mesh.shard_frozen)
-    like = abstract(shapes, sharding)
+    like = abstract_state(init, mesh, config.mesh.shard_frozen)
+    sharding = shardings(like)
     with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         checkpoints.check_config(config)
         state = checkpoints.restore(like)

@@ -24,7 +24,7 @@ from sammix_jax.config import differing_fields, pinned, preprocessing
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.paths import as_path, resolved
 from sammix_jax.errors import UserError
-from sammix_jax.sharding import replicated
+from sammix_jax.sharding import abstract, replicated
 from sammix_jax.training.step import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -308,14 +308,3 @@ def _other_shapes(kept: dict, like: dict) -> list[str]:
         for tree in (kept, like)
     ]
     return differing_fields(*shapes)
-
-
-def abstract(state, sharding):
-    """Shapes and dtypes of a state, placed by `sharding` (one, or a tree): what `restore` takes."""
-    if isinstance(sharding, jax.sharding.Sharding):
-        sharding = jax.tree.map(lambda _: sharding, state)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        state,
-        sharding,
-    )

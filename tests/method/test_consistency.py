@@ -11,11 +11,11 @@ from sammix_jax.data.split_files import kept_split
 from sammix_jax.data.splits import Split, taught_scans
 from sammix_jax.method.consistency import follow, pseudo_masks, ramp
 from sammix_jax.method.losses import bce_loss, dice_loss
-from sammix_jax.sharding import BatchLayout, make_mesh, replicated
+from sammix_jax.sharding import BatchLayout, abstract, make_mesh, replicated
 from sammix_jax.systems.sam_mix import SamMixSystem, _views
 from sammix_jax.systems.system import Microbatch
 from sammix_jax.train import slices_without_masks
-from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import TrainState, make_init, make_train_step
 

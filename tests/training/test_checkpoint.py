@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sammix_jax.errors import UserError
-from sammix_jax.sharding import make_mesh, replicated
+from sammix_jax.sharding import abstract, make_mesh, replicated
 from sammix_jax.training import checkpoint
-from sammix_jax.training.checkpoint import Checkpoints, abstract
+from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.step import TrainState
 
 
