@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import Toy
 
 from sammix_jax import train as train_module
-from sammix_jax.data.files import read_json
-from sammix_jax.data.split_files import kept_split
 from sammix_jax.errors import UserError
 from sammix_jax.prepare import prepare
-from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train import train
-from sammix_jax.training import log, loop
+from sammix_jax.training import log
 from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.log import read_log
 from sammix_jax.training.loop import save_interval
@@ -50,17 +46,6 @@ def test_many_culprits_are_counted():
         refuse_not_finite(
             1, metrics_with(loss=np.nan, leaf_norms=norms), [f"p{i}" for i in range(9)]
         )
-
-
-@pytest.fixture
-def toy_config(config, monkeypatch):
-    """A config whose model is compiled in a moment."""
-    monkeypatch.setattr(train_module, "make_system", lambda c: SamMixSystem(Toy(), c))
-    config.data.split = (3, 0, 1)
-    config.train.steps, config.train.augment = 12, False
-    config.checkpoint.every_steps = 4
-    config.log.every_steps = 100
-    return config
 
 
 def test_the_very_step_is_told_and_the_checkpoint_before_is_sound(
@@ -111,34 +96,6 @@ def test_a_timer_leaves_out_what_comes_now_and_then():
     # Ten slices in the 0.05 s and what the machine took besides, but not in the 0.3 s.
     assert 10 / (found["seconds/step"] + 0.3) < found["slices_per_second"] <= 200
     assert timer.report()["slices_per_second"] == 0
-
-
-def test_validation_patients_choose_and_the_best_is_whole_before_the_log_tells(
-    toy_config, tmp_path, monkeypatch
-):
-    """A run that is killed after it has told of a validation does not validate that step again."""
-    toy_config.data.split, toy_config.log.validate_every_steps = (2, 1, 1), 3
-    scores, asked, kept = iter([0.2, 0.5, 0.4, 0.1]), [], {}
-
-    def validate(predict, variables, store, scans, *rest):
-        asked.append(scans)
-        return {"dice": next(scores)}
-
-    write = loop.TrainLog.write
-
-    def watched(self, step, values):
-        if "val/dice" in values:
-            kept[step] = {path.name for path in (tmp_path / "checkpoints" / "best").iterdir()}
-        write(self, step, values)
-
-    monkeypatch.setattr(train_module, "validate", validate)
-    monkeypatch.setattr(loop.TrainLog, "write", watched)
-    train(toy_config, tmp_path, prepare(toy_config, tmp_path))
-    assert kept == {3: {"3"}, 6: {"6"}, 9: {"6"}, 12: {"6"}}
-    assert asked == [kept_split(tmp_path).val] * 4 and len(asked[0]) == 1
-    assert read_json(tmp_path / "weights.json") == {
-        "model.sam_weights": "", "model.classifier_weights": ""
-    }  # fmt: skip
 
 
 def test_the_mesh_is_the_configs(toy_config, tmp_path, monkeypatch):
