@@ -169,6 +169,7 @@ def default_config() -> ml_collections.ConfigDict:
     evaluate.protocols = ("cam", "gt_box", "none")
     evaluate.points = 1  # of the true mask that prompt under gt_points
     evaluate.gate = True  # slices that the classifier calls negative get an empty mask
+    evaluate.component = "all"  # "largest" keeps of a scan's mask the largest component, in 3D
     evaluate.nsd_tolerance = 2.0  # mm by which a surface may be off and still count
     evaluate.batch = 8
 

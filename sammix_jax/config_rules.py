@@ -8,8 +8,8 @@ from sammix_jax.data.paths import as_path
 from sammix_jax.data.phantom import DOMAINS
 from sammix_jax.data.splits import PARTS
 from sammix_jax.errors import UserError
+from sammix_jax.method import cam, postprocess
 from sammix_jax.method.augment import AUGMENTATIONS
-from sammix_jax.method.cam import COMPONENTS, METHODS
 from sammix_jax.method.objective import CLASSIFICATION_LOSSES
 from sammix_jax.method.preprocess import NORMALISATIONS, SCALINGS
 from sammix_jax.method.prompted_sam import PROMPTS
@@ -40,8 +40,8 @@ CHOICES = {
     "model.mask_choice": MASK_CHOICES,
     "model.dtype": DTYPES,
     "model.remat": POLICIES,
-    "cam.method": METHODS,
-    "cam.component": COMPONENTS,
+    "cam.method": cam.METHODS,
+    "cam.component": cam.COMPONENTS,
     "cam.fusion": FUSIONS,
     "loss.classifier": tuple(CLASSIFICATION_LOSSES),
     "train.box": BOX_SOURCES,
@@ -51,6 +51,7 @@ CHOICES = {
     "multimix.image_labels": IMAGE_LABELS,
     "multimix.kl_form": KL_FORMS,
     "evaluate.part": PARTS,
+    "evaluate.component": postprocess.COMPONENTS,
 }
 SUBSETS = {"model.lora_targets": tuple(THIRDS), "evaluate.protocols": PROTOCOLS}
 AT_LEAST = {

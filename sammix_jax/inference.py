@@ -12,6 +12,7 @@ from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
+from sammix_jax.method.postprocess import keep_component
 from sammix_jax.method.preprocess import scale_slices
 from sammix_jax.models.blocks import gather_outside_blocks
 from sammix_jax.sharding import (
@@ -138,11 +139,13 @@ def predict_volume(
     hu = np.stack([geometry.image_to_square(image) for image in volume.hu])
     squares = None if truth is None else np.stack([geometry.mask_to_square(m) for m in truth])
     slices = predict_slices(predict, variables, hu, squares, config.evaluate.batch)
+    component = config.evaluate.component
+    logits = {name: keep_component(found, component) for name, found in slices.logits.items()}
     masks = {
-        protocol: np.stack([geometry.logits_to_scan(square) > 0 for square in logits])
-        for protocol, logits in slices.logits.items()
+        name: np.stack([geometry.logits_to_scan(square) > 0 for square in found])
+        for name, found in logits.items()
     }
-    return VolumePrediction(masks, slices, hu, squares)
+    return VolumePrediction(masks, slices._replace(logits=logits), hu, squares)
 
 
 def load_model(config, workdir) -> tuple[System, dict]:

@@ -29,6 +29,7 @@ ALSO = {
     "data.labels_seed",
     "evaluate.protocols",
     "evaluate.gate",
+    "evaluate.component",
     "evaluate.nsd_tolerance",
     "evaluate.scans",
 }

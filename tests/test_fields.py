@@ -94,6 +94,9 @@ TESTED = {
         "test_decay_spares_biases_and_tables": ("train.weight_decay",),
         "test_clipping_bounds_the_norm_of_all_gradients_together": ("train.clip_norm",),
     },
+    "test_inference.py": {
+        "test_of_a_scans_mask_the_largest_component_may_be_kept": ("evaluate.component",),
+    },
     "test_prepare.py": {
         "test_a_part_of_the_height_is_counted_from_the_feet": ("data.slice_range",),
     },

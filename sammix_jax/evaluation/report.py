@@ -88,6 +88,7 @@ def _page(evaluation: Evaluation, config, workdir: Path) -> str:
         cases="".join(_figure(name, e, config) for name, e in _chosen(evaluation.examples)),
         every_case=_table(_case_rows(evaluation.cases), kind="scores"),
         gate=_gate(results),
+        component=results["evaluate"]["component"],
         prompt_note=page.PROMPT_NOTE if results["prompt"] else "",
         cam_note=cam_note if results["prompt"] else "",
         tolerance=f"{config.evaluate.nsd_tolerance:g}",
