@@ -8,17 +8,19 @@ from tqdm import tqdm
 
 from sammix_jax import hosts
 from sammix_jax.data import datasets, hdf5, volumes
-from sammix_jax.data.masks import count_organ_pixels, read_mask
+from sammix_jax.data.masks import count_organ_pixels, read_annotation
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.split_files import digest, image_digest, kept_split, training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.results import (
+    CASES_SO_FAR,
     Evaluation,
     Example,
     collect,
     results_folder,
     seen_before,
+    write_cases,
     write_results,
 )
 from sammix_jax.evaluation.scores import Case, LabelledScan, score_guidance, score_scan
@@ -40,7 +42,8 @@ class IncompleteEvaluation(UserError):
 
 
 def evaluate(config, workdir) -> Evaluation:
-    """Evaluates the best checkpoint; writes cases.csv and results.json into `results_folder`.
+    """Evaluates the best checkpoint; writes cases.csv and results.json into `results_folder`, and
+    until all scans are scored those that are into cases_so_far.csv.
 
     Args:
       config: the run's config; `config.evaluate` says which scans and protocols.
@@ -55,7 +58,7 @@ def evaluate(config, workdir) -> Evaluation:
     """
     protocols = scored_protocols(make_system(config), config.evaluate.protocols)
     scans, faults = scans_to_score(config, workdir)
-    system, variables = load_model(config, workdir)
+    system, variables, step = load_model(config, workdir)
     predict = make_predict(system, config, protocols, mesh_of(variables))
     trained = training_scans(config, workdir)
     if trained.hdf5 != hdf5.is_hdf5(scans[0].image):  # a folder holds scans of one kind
@@ -65,6 +68,7 @@ def evaluate(config, workdir) -> Evaluation:
             "them trained it. HDF5 slices are taken as they lie, for they keep no orientation.",
             *kinds,
         )
+    folder = results_folder(config, workdir)
     cases, guidance, examples, seen, chose, digests = [], [], [], [], [], {}
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=hosts.hides_progress()):
         # All processes predict a scan, or none.
@@ -85,13 +89,14 @@ def evaluate(config, workdir) -> Evaluation:
         scored = hosts.on_first(score)
         if scored:
             cases += scored
+            write_cases(folder / CASES_SO_FAR, cases)
             guidance.append(score_guidance(known, prediction))
             examples.append(_example(scored[0], prediction))
     if not digests:
         raise UserError("no scan could be scored:" + _listed(faults))
-    evaluation, folder = Evaluation([], {}, []), results_folder(config, workdir)
+    evaluation = Evaluation([], {}, [])
     if hosts.is_first():
-        results = collect(config, workdir, cases, guidance, faults, seen, digests, chose)
+        results = collect(config, workdir, cases, guidance, faults, seen, digests, chose, step)
         for warning in seen_before(results):
             _LOG.warning(warning)
         evaluation = Evaluation(cases, results, examples)
@@ -158,6 +163,7 @@ def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
             as_path(records[name].image),
             as_path(records[name].label),
             records[name].label_values,
+            ignore_value=records[name].ignore_value,
         )
         for name in names
         if name not in partly
@@ -213,10 +219,18 @@ def read_labelled(scan: datasets.Scan, config) -> LabelledScan:
     """Reads a scan and its mask, in canonical orientation.
 
     Raises:
-      UserError: as `volumes.read_volume` and `masks.read_mask`.
+      UserError: as `volumes.read_volume` and `masks.read_annotation`; a mask that leaves voxels
+        open.
     """
     volume = volumes.read_volume(scan.image)
-    truth = read_mask(scan.label, volume, scan.label_values, scan.known_values)
+    truth, annotated = read_annotation(
+        scan.label, volume, scan.label_values, scan.known_values, scan.ignore_value
+    )
+    if not annotated.all():
+        raise UserError(
+            f"{scan.label}: annotated in part ({np.count_nonzero(annotated)} of {len(annotated)} "
+            f"slices throughout), so it cannot be scored; annotate it throughout."
+        )
     depth, data = len(truth), config.data
     whole = range(depth)
     kept = kept_slices(depth, data.central_fraction, tuple(data.slice_range))

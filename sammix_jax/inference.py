@@ -12,7 +12,7 @@ from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
-from sammix_jax.method.postprocess import keep_component
+from sammix_jax.method.postprocess import keep_component, rule_out
 from sammix_jax.method.preprocess import scale_slices
 from sammix_jax.models.blocks import gather_outside_blocks
 from sammix_jax.sharding import (
@@ -139,17 +139,25 @@ def predict_volume(
     hu = np.stack([geometry.image_to_square(image) for image in volume.hu])
     squares = None if truth is None else np.stack([geometry.mask_to_square(m) for m in truth])
     slices = predict_slices(predict, variables, hu, squares, config.evaluate.batch)
-    component = config.evaluate.component
-    logits = {name: keep_component(found, component) for name, found in slices.logits.items()}
-    masks = {
-        name: np.stack([geometry.logits_to_scan(square) > 0 for square in found])
-        for name, found in logits.items()
-    }
+    # On each of the two grids: what hangs together on the one may not on the other.
+    component, masks, logits = config.evaluate.component, {}, {}
+    for protocol, found in slices.logits.items():
+        mask = np.stack([geometry.logits_to_scan(square) > 0 for square in found])
+        masks[protocol] = keep_component(mask, component)
+        logits[protocol] = rule_out(found, component)
     return VolumePrediction(masks, slices._replace(logits=logits), hu, squares)
 
 
-def load_model(config, workdir) -> tuple[System, dict]:
-    """The trained system of a workdir and its variables, the best by validation.
+class TrainedModel(NamedTuple):
+    """A system, its variables, and the step whose checkpoint they are of."""
+
+    system: System
+    variables: dict
+    step: int
+
+
+def load_model(config, workdir) -> TrainedModel:
+    """The trained system of a workdir, the best by validation.
 
     Raises:
       UserError: the workdir has no checkpoint, or one whose weights were trained on other input.
@@ -165,4 +173,4 @@ def load_model(config, workdir) -> tuple[System, dict]:
     with Checkpoints(workdir, read_only=True) as checkpoints:
         checkpoints.check_preprocessing(config)
         state = checkpoints.restore_best(like)
-    return system, state.variables
+    return TrainedModel(system, state.variables, int(state.step))

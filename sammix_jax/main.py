@@ -210,7 +210,7 @@ def _train(config, workdir: Path) -> None:
     trained = train.train(config, workdir, store)
     hosts.let_sigterm_end()
     found = None if trained else results.saved_results(config, workdir)
-    if found is None:
+    if found is None or not (results.results_folder(config, workdir) / report.PAGE).exists():
         _evaluate(config, workdir)
     else:
         print(f"\n{workdir} is trained and evaluated; its result:\n")
@@ -254,7 +254,7 @@ def _report(config, workdir: Path, evaluation: evaluate.Evaluation) -> None:
 
 
 def _print_results(config, workdir: Path, found: dict) -> None:
-    page = results.results_folder(config, workdir) / "report.html"
+    page = results.results_folder(config, workdir) / report.PAGE
     print(f"{result_table(found)}\n\nreport      {page}")
 
 

@@ -48,7 +48,7 @@ def predict(config, workdir, source, target) -> list[Prediction]:
         the truth to be prompted; bad scans, once all others are predicted.
     """
     pairs = _pairs(as_path(source), as_path(target))
-    system, variables = load_model(config, workdir)
+    system, variables, _ = load_model(config, workdir)
     if system.headline in ORACLES:
         raise UserError(
             f"model.prompt={config.model.prompt}: this model was trained to be prompted by the "

@@ -163,7 +163,8 @@ def _finished(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord | No
     if fields["fingerprint"] != _fingerprint(scan, params):
         return None
     # The data may have been moved as a whole since.
-    return dataclasses.replace(ScanRecord.from_json(fields), **_paths(scan))
+    record = ScanRecord.from_json(fields)
+    return dataclasses.replace(record, **_paths(scan), ignore_value=scan.ignore_value)
 
 
 def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
@@ -199,6 +200,7 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
         # Counted before resizing: a small organ must not vanish from the image-level label.
         organ_pixels=() if mask is None else tuple(int(organ_pixels[z]) for z in kept),
         unannotated=tuple(i for i, z in enumerate(kept) if not annotated[z]),
+        ignore_value=scan.ignore_value,
     )
     arrays = {"hu.npy": np.stack([geometry.image_to_square(volume.hu[z]) for z in kept])}
     if mask is not None:

@@ -16,6 +16,7 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.split_files import training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import IncompleteEvaluation, _draw, evaluate, read_labelled
+from sammix_jax.evaluation import results as results_module
 from sammix_jax.evaluation.results import results_folder, saved_results
 from sammix_jax.predict import predict
 
@@ -140,6 +141,32 @@ def test_one_bad_scan_does_not_waste_the_others(run, config, others, tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"no scan could be scored(.|\n)*segmentation-2"):
         evaluate(config, run)
+
+
+def test_what_was_scored_before_a_crash_is_there(run, config, monkeypatch):
+    """And results name the checkpoint that was scored, though a run has a better one by then."""
+    config.evaluate.part, config.evaluate.protocols = "train", ("none",)
+    folder, score, scored = results_folder(config, run), evaluation_module.score_scan, []
+
+    def fails(*args):
+        if scored:
+            raise MemoryError
+        scored.append(args)
+        return score(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_module, "score_scan", fails)
+        with pytest.raises(MemoryError):
+            evaluate(config, run)
+    kept = (folder / "cases_so_far.csv").read_text().splitlines()
+    assert len(kept) == 2 and not (folder / "results.json").exists()
+
+    monkeypatch.setattr(results_module, "best_step", lambda workdir: 10**6)
+    results = evaluate(config, run).results
+    assert 0 < results["checkpoint_step"] < 10**6
+    cases = (folder / "cases.csv").read_text().splitlines()
+    assert cases[:2] == kept and len(cases) == 3
+    assert not (folder / "cases_so_far.csv").exists()
 
 
 def test_scans_that_trained_the_model_are_named(run, config, caplog):

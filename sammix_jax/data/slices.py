@@ -26,7 +26,8 @@ class ScanRecord:
     """One prepared scan.
 
     Attributes:
-      name, image, label, label_values: as in `datasets.Scan`; paths as strings, label "" if none.
+      name, image, label, label_values, ignore_value: as in `datasets.Scan`; paths as strings, label
+        "" if none.
       fingerprint: size and modification time of the files, by which a changed scan is noticed.
       shape, spacing: (D, H, W) of the canonical volume; mm.
       affine: (4, 4) of the file, row by row; axcodes: the file's orientation.
@@ -49,6 +50,7 @@ class ScanRecord:
     slices: tuple[int, ...]
     organ_pixels: tuple[int, ...]
     unannotated: tuple[int, ...] = ()
+    ignore_value: int | None = None
 
     @property
     def has_label(self) -> bool:

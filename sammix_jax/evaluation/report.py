@@ -21,6 +21,7 @@ from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES
 from sammix_jax.training.log import read_log
 
+PAGE = "report.html"
 SYSTEM_NAMES = {
     "sam_mix": "SAM-Mix",
     "unet": "U-Net",
@@ -58,9 +59,9 @@ def write_report(folder, evaluation: Evaluation, config, workdir) -> Path:
             picture.unlink()
     for name, example in examples.items():
         figures.save(_case(example, config), folder / f"{name}.png")
-    with whole_file(folder / "report.html") as partial:
+    with whole_file(folder / PAGE) as partial:
         partial.write_text(_page(evaluation, config, as_path(workdir)))
-    return folder / "report.html"
+    return folder / PAGE
 
 
 def _page(evaluation: Evaluation, config, workdir: Path) -> str:

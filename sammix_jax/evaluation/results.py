@@ -22,6 +22,10 @@ from sammix_jax.training.checkpoint import best_step
 _LOG = logging.getLogger(__name__)
 
 RESULTS, CASES = "results.json", "cases.csv"
+# Of an evaluation that goes on, or was cut off.
+CASES_SO_FAR = "cases_so_far.csv"
+# Fields of `config.evaluate` that older results lack, with the values they were made by.
+NEWER = {"component": "all"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,7 @@ def collect(
     trained_on: Sequence[str],
     digests: Mapping[str, str] | None = None,
     chose: Sequence[str] = (),
+    step: int | None = None,
 ) -> dict:
     """The content of results.json.
 
@@ -96,6 +101,7 @@ def collect(
       trained_on: names of the scans that trained the model.
       digests: of each scan by name, what `over_seeds` knows it by.
       chose: names of the scans that chose the model's checkpoint.
+      step: of that checkpoint; None takes the best there is now.
     """
     workdir = as_path(workdir)
     protocols = scored_protocols(make_system(config), {case.protocol for case in cases})
@@ -116,19 +122,25 @@ def collect(
         "config": json.loads(config.to_json()),
         "split_sha256": _sha256(workdir / SPLIT),
         "labels_sha256": _sha256(workdir / LABELS),
-        "checkpoint_step": best_step(workdir),
+        "checkpoint_step": best_step(workdir) if step is None else step,
     }
 
 
 def write_results(folder, results: dict, cases: Sequence[Case]) -> None:
     """Writes results.json, and cases.csv with a row a scan and protocol."""
     folder = as_path(folder)
-    with whole_file(folder / CASES) as partial, open(partial, "w", newline="") as file:
+    write_cases(folder / CASES, cases)
+    write_json(folder / RESULTS, results)
+    (folder / CASES_SO_FAR).unlink(missing_ok=True)
+    _LOG.info("evaluation → %s", folder)
+
+
+def write_cases(path: Path, cases: Sequence[Case]) -> None:
+    """Writes a table with a row a scan and protocol."""
+    with whole_file(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in dataclasses.fields(Case))
         writer.writerows(dataclasses.astuple(case) for case in cases)
-    write_json(folder / RESULTS, results)
-    _LOG.info("evaluation → %s", folder)
 
 
 def saved_results(config, workdir) -> dict | None:
@@ -189,7 +201,7 @@ def _other_settings(results: dict, config) -> list[str]:
     """
     settings = [
         {f"evaluate.{field}": value for field, value in fields.items() if field != "batch"}
-        for fields in (results["evaluate"], json.loads(config.evaluate.to_json()))
+        for fields in (NEWER | results["evaluate"], json.loads(config.evaluate.to_json()))
     ]
     return differing_fields(*settings)
 

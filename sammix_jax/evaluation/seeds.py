@@ -10,6 +10,7 @@ from sammix_jax.config import FREE_FIELDS, differing_fields
 from sammix_jax.data.files import whole_file, write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
+from sammix_jax.evaluation.results import NEWER
 
 # What may differ between runs whose results are averaged, beside `config.FREE_FIELDS`.
 SEED_FIELDS = ("seed", "data.seed", "data.labels_seed", "data.split_file", "data.labels_file")
@@ -123,9 +124,10 @@ def _settings(results: dict) -> dict:
     """What runs to be averaged must agree in."""
     free = {*FREE_FIELDS, *SEED_FIELDS, "evaluate.batch"} - {"evaluate"}
     scans = {f"digest of {name}": digest for name, digest in results["digests"].items()}
+    newer = {f"evaluate.{field}": value for field, value in NEWER.items()}
     return {"scans": results["scans"], **scans} | {
         field: value
-        for field, value in flatten_dict(results["config"], sep=".").items()
+        for field, value in (newer | flatten_dict(results["config"], sep=".")).items()
         if not any(field == f or field.startswith(f"{f}.") for f in free)
     }
 

@@ -6,23 +6,32 @@ from scipy import ndimage
 COMPONENTS = ("all", "largest")
 
 
-def keep_component(logits: np.ndarray, component: str) -> np.ndarray:
+def keep_component(mask: np.ndarray, component: str) -> np.ndarray:
     """Keeps the largest component of a scan's mask, as an organ that is one piece allows.
 
     Args:
-      logits: (D, H, W) float32 of all slices in order; above 0 is inside.
-      component: "largest" turns the sign of what is inside and not of the largest component, in
-        which voxels hang together by faces, edges and corners; "all" leaves everything.
+      mask: (D, H, W) bool, of all slices in order.
+      component: "largest", in which voxels hang together by faces, edges and corners; "all" leaves
+        everything.
 
     Returns:
-      (D, H, W) float32.
+      (D, H, W) bool.
     """
     if component == "all":
-        return logits
-    inside = logits > 0
-    labels, count = ndimage.label(inside, np.ones((3, 3, 3)))
+        return mask
+    labels, count = ndimage.label(mask, np.ones((3, 3, 3)))
     if count < 2:
-        return logits
+        return mask
     sizes = np.bincount(labels.ravel())
-    largest = 1 + np.argmax(sizes[1:])  # 0 is outside
-    return np.where(inside & (labels != largest), -logits, logits)
+    return labels == 1 + np.argmax(sizes[1:])  # 0 is outside
+
+
+def rule_out(logits: np.ndarray, component: str) -> np.ndarray:
+    """Turns the sign of logits that are above 0 and not of the component that is kept.
+
+    Args:
+      logits: (D, H, W) float32 of all slices in order.
+      component: as for `keep_component`.
+    """
+    inside = logits > 0
+    return np.where(inside & ~keep_component(inside, component), -logits, logits)

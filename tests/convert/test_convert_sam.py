@@ -149,7 +149,7 @@ def adapted(files, tmp_path_factory):
 
 def test_lora_is_merged_into_the_export(files, adapted, tmp_path, image):
     """The checkpoint, LoRA apart, answers as its exports do with LoRA inside."""
-    _, variables = load_model(load_config(adapted), adapted)
+    variables = load_model(load_config(adapted), adapted).variables
     params = {"params": variables["params"]["sam"]}
     apply = jax.jit(Sam("mini", lora_rank=8).apply)
     expected = np.asarray(apply(params, image, boxes=BOX["boxes"][:, None])[0][0, 0])

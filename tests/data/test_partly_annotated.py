@@ -11,7 +11,7 @@ from sammix_jax.data.slices import SliceId
 from sammix_jax.data.split_files import load_or_draw
 from sammix_jax.data.splits import split_scans
 from sammix_jax.errors import UserError
-from sammix_jax.evaluate import scans_to_score
+from sammix_jax.evaluate import read_labelled, scans_to_score
 from sammix_jax.prepare import prepare
 from sammix_jax.train import slices_without_masks
 
@@ -100,6 +100,24 @@ def test_what_is_not_annotated_is_not_scored(config, tmp_path):
     (tmp_path / "split.json").write_text(json.dumps(given))
     with pytest.raises(UserError, match="every scan is annotated in part"):
         scans_to_score(config, tmp_path)
+
+
+def test_nor_where_what_is_not_annotated_was_left_out_of_training(config, tmp_path):
+    """A slab may be annotated, and `data.slice_range` keep it; the whole scan is what is scored."""
+    labels = tmp_path / "data" / "labelsTr" / "c.nii.gz"
+    slab = (UNKNOWN, MASKED, MASKED, EMPTY, UNKNOWN)
+    mask = np.stack([slice_mask(kind) for kind in slab], axis=2)
+    nib.save(nib.Nifti1Image(mask, nib.load(labels).affine), labels)
+    config.data.slice_range = (0.2, 0.8)
+    assert prepare(config, tmp_path).records["c"].unannotated == ()
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["d"], "val": ["e"], "test": ["c"]}))
+    (scan,), faults = scans_to_score(config, tmp_path)
+    config.evaluate.root, config.evaluate.label_values = config.data.root, (LIVER,)
+    other = next(scan for scan in scans_to_score(config, tmp_path)[0] if scan.name == "c")
+    for found in (scan, other):
+        with pytest.raises(UserError, match=r"c\.nii\.gz: annotated in part \(3 of 5 slices"):
+            read_labelled(found, config)
+    assert not faults
 
 
 def test_a_label_file_names_whole_slices_alone(config, tmp_path):

@@ -99,6 +99,16 @@ def test_saved_results_are_those_of_the_same_settings_and_whole(run):
     assert saved_results(config, run) is None
 
 
+def test_results_from_before_a_field_are_those_of_its_neutral_value(run):
+    config = default_config()
+    results, cases = found(run)
+    del results["evaluate"]["component"]
+    write_results(results_folder(config, run), results, cases)
+    assert saved_results(config, run) == results
+    config.evaluate.component = "largest"
+    assert saved_results(config, run) is None
+
+
 def test_saved_results_are_those_of_the_present_checkpoint(run):
     config = default_config()
     write_results(results_folder(config, run), *found(run))

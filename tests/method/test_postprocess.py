@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sammix_jax.method.postprocess import keep_component
+from sammix_jax.method.postprocess import keep_component, rule_out
 
 
 @pytest.fixture
@@ -18,13 +18,16 @@ def logits():
 
 
 def test_the_largest_is_so_in_3d(logits):
-    kept = keep_component(logits, "largest")
+    kept = rule_out(logits, "largest")
     np.testing.assert_array_equal(kept[:3], logits[:3])  # 27 voxels
     np.testing.assert_array_equal(kept[3], -np.abs(logits[3]))  # 20 and 1
     assert kept.dtype == np.float32
+    np.testing.assert_array_equal(keep_component(logits > 0, "largest"), kept > 0)
 
 
 def test_what_is_one_piece_or_none_is_left(logits):
-    np.testing.assert_array_equal(keep_component(logits, "all"), logits)
+    np.testing.assert_array_equal(rule_out(logits, "all"), logits)
+    np.testing.assert_array_equal(keep_component(logits > 0, "all"), logits > 0)
     for whole in (logits[:3], np.full((2, 3, 3), -1.0, np.float32)):
-        np.testing.assert_array_equal(keep_component(whole, "largest"), whole)
+        np.testing.assert_array_equal(rule_out(whole, "largest"), whole)
+        np.testing.assert_array_equal(keep_component(whole > 0, "largest"), whole > 0)

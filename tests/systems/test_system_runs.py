@@ -68,7 +68,7 @@ def test_weights_are_scored_as_they_are_loaded(tmp_path, monkeypatch):
     store = prepare(config, run)
     for _ in range(2):
         assert train(config, run, store) is False
-    _, variables = load_model(config, run)
+    variables = load_model(config, run).variables
     kept = traverse_util.flatten_dict(variables["params"]["sam"], sep="/")
     for path, leaf in weights.items():
         np.testing.assert_array_equal(kept[path], leaf)
