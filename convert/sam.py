@@ -129,7 +129,7 @@ def _load_workdir(workdir: Path, cast) -> Loaded:
             "that a SAM has no place for; expected add or none. Segment with this run by python "
             "-m sammix_jax.main --mode=predict, or train one with --config.cam.fusion=add."
         )
-    _, variables = load_model(config, workdir)
+    variables = load_model(config, workdir).variables
     params = merge_lora(variables["params"]["sam"])
     leaves = traverse_util.flatten_dict(params, sep="/")
     arrays = {path: cast(np.asarray(leaf)) for path, leaf in leaves.items()}

@@ -229,7 +229,7 @@ def read_labelled(scan: datasets.Scan, config) -> LabelledScan:
     if not annotated.all():
         raise UserError(
             f"{scan.label}: annotated in part ({np.count_nonzero(annotated)} of {len(annotated)} "
-            f"slices throughout), so it cannot be scored; annotate it throughout."
+            "slices throughout), so it cannot be scored; annotate it throughout."
         )
     depth, data = len(truth), config.data
     whole = range(depth)

@@ -60,7 +60,7 @@ def make_predict(
         variables = gather_outside_blocks(variables)
         return system.predict(variables, images, truth, protocols, gated)
 
-    return jax.jit(on_mesh(mesh, predict) if mesh else predict)
+    return jax.jit(on_mesh(mesh, predict))
 
 
 def mesh_of(variables: dict) -> Mesh | None:

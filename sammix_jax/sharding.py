@@ -116,8 +116,10 @@ def shardings(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """A function to be jitted, within which `gather` knows of the mesh."""
+def on_mesh(mesh: Mesh | None, function: Callable) -> Callable:
+    """A function to be jitted, within which `gather` knows of the mesh; as it is without one."""
+    if mesh is None:
+        return function
 
     @functools.wraps(function)
     def on_it(*args):

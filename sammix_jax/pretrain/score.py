@@ -88,7 +88,7 @@ def make_answer(sam: Sam, normalisation: str, mesh: Mesh | None = None):
         answers = choose_masks(logits[:, 0], iou[:, 0], size, "argmax_iou", 0)
         return mask_iou(answers.logits > 0, masks)
 
-    return jax.jit(on_mesh(mesh, answer) if mesh else answer)
+    return jax.jit(on_mesh(mesh, answer))
 
 
 def prompt_ious(answer, variables, examples: Prompted, batch: int = 32) -> dict[str, np.ndarray]:

@@ -26,7 +26,9 @@ def lines():
 def test_fine_lines_are_averaged(config, lines):
     """In an input smaller than the slice they are a grey, and neither lost nor stripes."""
     system = PromptedSamSystem.of(config)
-    np.testing.assert_allclose(system.model.inputs(lines)[:, :, 1:-1], 0.25, atol=0.04)
+    inputs, side = system.model.inputs(lines), config.model.image_size
+    assert inputs.shape == (1, side, side, 3)
+    np.testing.assert_allclose(inputs[:, :, 1:-1], 0.25, atol=0.04)
 
 
 def test_fine_lines_reach_sam_mix(config, lines):
