@@ -158,6 +158,12 @@ def check_config(config) -> None:
         re.compile(config.data.patient)
     except re.error as error:
         expect("data.patient", False, f"a regular expression ({error})")
+    axes = "".join(sorted(config.data.default_orientation.translate(str.maketrans("RPI", "LAS"))))
+    expect(
+        "data.default_orientation",
+        axes in ("", "ALS"),
+        '"" or the ends of three axes, such as LAS: one of L and R, of A and P, of S and I',
+    )
     start, stop = config.data.slice_range
     expect("data.slice_range", 0 <= start < stop <= 1, "(start, stop) with 0 <= start < stop <= 1")
     expect(

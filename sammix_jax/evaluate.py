@@ -11,7 +11,13 @@ from sammix_jax.data import datasets, hdf5, volumes
 from sammix_jax.data.masks import count_organ_pixels, read_annotation
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.split_files import digest, image_digest, kept_split, training_scans
+from sammix_jax.data.split_files import (
+    changed_scans,
+    digest,
+    image_digest,
+    kept_split,
+    training_scans,
+)
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.results import (
     CASES_SO_FAR,
@@ -126,8 +132,8 @@ def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
             "--config.evaluate.root=DIR, or set 0 to score the split's whole part."
         )
     split = kept_split(workdir)
-    store = store_folder(config, workdir)
-    records = SliceStore.open(store).records
+    store = SliceStore.open(store_folder(config, workdir))
+    records = store.records
     names = split.part(config.evaluate.part)
     if not names:
         raise UserError(
@@ -137,8 +143,14 @@ def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
     missing = sorted(set(names) - set(records))
     if missing:
         raise UserError(
-            f"{store}: lacks the scans {missing[:5]} of the workdir's split; prepare the workdir's "
-            "data again with --mode=prepare."
+            f"{store.root}: lacks the scans {missing[:5]} of the workdir's split; prepare the "
+            "workdir's data again with --mode=prepare."
+        )
+    if changed := changed_scans(store, workdir, names):
+        raise UserError(
+            f"{store.root}: the scans {changed[:5]} of the workdir's split have other voxels or "
+            f"masks there than when {workdir} was trained; bring them back as they were, or name "
+            "them as other scans with --config.evaluate.root=DIR."
         )
     moved = [records[name].image for name in names if not as_path(records[name].image).exists()]
     if len(moved) == len(names):
@@ -222,7 +234,7 @@ def read_labelled(scan: datasets.Scan, config) -> LabelledScan:
       UserError: as `volumes.read_volume` and `masks.read_annotation`; a mask that leaves voxels
         open.
     """
-    volume = volumes.read_volume(scan.image)
+    volume = volumes.read_volume(scan.image, config.data.default_orientation)
     truth, annotated = read_annotation(
         scan.label, volume, scan.label_values, scan.known_values, scan.ignore_value
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from sammix_jax import hosts
 from sammix_jax.data import volumes
 from sammix_jax.data.masks import write_mask
 from sammix_jax.data.nifti import is_nifti, stem
-from sammix_jax.data.paths import Path, as_path, resolved
+from sammix_jax.data.paths import Path, as_path, is_remote, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation import figures
 from sammix_jax.inference import load_model, make_predict, mesh_of, predict_volume
@@ -48,6 +49,8 @@ def predict(config, workdir, source, target) -> list[Prediction]:
         the truth to be prompted; bad scans, once all others are predicted.
     """
     pairs = _pairs(as_path(source), as_path(target))
+    for folder in {mask.parent for _, mask in pairs}:
+        _make_folder(folder)
     system, variables, _ = load_model(config, workdir)
     if system.headline in ORACLES:
         raise UserError(
@@ -55,10 +58,13 @@ def predict(config, workdir, source, target) -> list[Prediction]:
             "true mask, so it cannot segment a scan without one; score it with --mode=evaluate."
         )
     step = make_predict(system, config, (system.headline,), mesh_of(variables))
+    read_volume = functools.partial(
+        volumes.read_volume, default_orientation=config.data.default_orientation
+    )
     predictions, faults = [], []
     for scan, mask_path in pairs:
         # All processes predict a scan, or none.
-        volume, fault = hosts.for_all(functools.partial(volumes.read_volume, scan), scan)
+        volume, fault = hosts.for_all(functools.partial(read_volume, scan), scan)
         if not fault:
             (mask,) = predict_volume(step, variables, volume, None, config).masks.values()
             write = functools.partial(_write, volume, mask, mask_path, config)
@@ -74,6 +80,18 @@ def predict(config, workdir, source, target) -> list[Prediction]:
         done = f"{len(predictions)} of {len(pairs)} scans are predicted; not these:\n  "
         raise UserError((done if len(pairs) > 1 else "") + "\n  ".join(faults))
     return predictions
+
+
+def _make_folder(folder: Path) -> None:
+    """Before anything is computed: a mask that cannot be written is hours lost."""
+    if is_remote(folder):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {folder} cannot be made ({error}); give another.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output: {folder} cannot be written to; give another folder.")
 
 
 def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Prediction:

@@ -11,10 +11,7 @@ import dataclasses
 import json
 import logging
 import math
-import pathlib
-import shutil
 import time
-import uuid
 
 import numpy as np
 from tqdm import tqdm
@@ -22,10 +19,12 @@ from tqdm import tqdm
 from sammix_jax import hosts
 from sammix_jax.config import differing_fields
 from sammix_jax.data import datasets, paper, phantom, volumes
-from sammix_jax.data.files import read_json, whole_file, write_json
+from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.masks import count_organ_pixels, read_annotation
-from sammix_jax.data.paths import Path, absolute, as_path, is_remote, version
+from sammix_jax.data.paths import Path, absolute, as_path, version
+from sammix_jax.data.scan_writer import clear_abandoned, write_scan
+from sammix_jax.data.sides import organ_side, other_side, seem_mirrored
 from sammix_jax.data.slices import MANIFEST, SCAN, VERSION, ScanRecord, SliceStore
 from sammix_jax.errors import UserError
 
@@ -55,6 +54,7 @@ def prepare(config, workdir) -> SliceStore:
         "size": data.size,
         "resize": data.resize,
         "central_fraction": data.central_fraction,
+        "default_orientation": data.default_orientation,
         # As JSON gives it back.
         "slice_range": [float(end) for end in data.slice_range],
     }
@@ -66,11 +66,14 @@ def prepare(config, workdir) -> SliceStore:
     if missing:
         # Until all is done again, nobody takes the store for whole.
         (store / MANIFEST).unlink(missing_ok=True)
+        clear_abandoned(store)
         workers = data.workers or min(hosts.usable_cores(), MOST_WORKERS)
         finished |= _prepare_scans(missing, store, params, workers)
     records = [finished[scan.name] for scan in scans]
     manifest = {"version": VERSION, "params": params, "scans": [r.to_json() for r in records]}
-    write_json(store / MANIFEST, manifest)
+    # A store that others share may be theirs to write alone.
+    if missing or not _holds(store / MANIFEST, manifest):
+        write_json(store / MANIFEST, manifest)
 
     seconds = time.monotonic() - begin
     unlabelled = [record.name for record in records if not record.has_label]
@@ -96,6 +99,16 @@ def prepare(config, workdir) -> SliceStore:
     without = [r.name for r in records if r.has_label and not any(r.organ_pixels)]
     if without:
         _LOG.warning("masks without any %s: %d scans%s", data.organ, len(without), _listed(without))
+    if mirrored := seem_mirrored(records):
+        _LOG.warning(
+            "%s lies on the other side in %d scans that know no orientation%s than in those that "
+            "know theirs, so they seem to be mirrored: look at them, and say by "
+            "--config.data.default_orientation=%s, with another store, how their axes run.",
+            data.organ,
+            len(mirrored),
+            _listed([record.name for record in mirrored]),
+            other_side(mirrored[0].axcodes),
+        )
     return SliceStore.open(store)
 
 
@@ -140,18 +153,30 @@ def _prepare_scans(scans, store: Path, params: dict, workers: int) -> dict:
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(scans), desc="prepare", unit="scan", disable=hosts.hides_progress()) as bar,
     ):
-        jobs = {pool.submit(_prepare_scan, scan, store, params): scan for scan in scans}
-        for job in concurrent.futures.as_completed(jobs):
-            try:
-                records[jobs[job].name] = job.result()
-            except UserError as error:
-                faults.append(str(error))
-            bar.update()
+        jobs = [pool.submit(_record_or_fault, scan, store, params) for scan in scans]
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                record, fault = job.result()
+                if fault:
+                    faults.append(fault)
+                else:
+                    records[record.name] = record
+                bar.update()
+        finally:  # whatever ends this: those that have not begun never will
+            pool.shutdown(wait=False, cancel_futures=True)
     if faults:
         listed = "\n  ".join(faults[:20])
         more = f"\n  and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise UserError(listed if len(faults) == 1 else f"{len(faults)} scans:\n  {listed}{more}")
     return records
+
+
+def _record_or_fault(scan, store: Path, params: dict) -> tuple[ScanRecord | None, str]:
+    """The fault as text: an exception would keep the whole scan in memory."""
+    try:
+        return _prepare_scan(scan, store, params), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def _finished(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord | None:
@@ -168,7 +193,7 @@ def _finished(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord | No
 
 
 def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
-    volume = volumes.read_volume(scan.image)
+    volume = volumes.read_volume(scan.image, params["default_orientation"])
     depth = volume.hu.shape[0]
     mask, organ_pixels, annotated = None, (), np.ones(depth, bool)
     if scan.label:
@@ -186,6 +211,12 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
     geometry = slice_geometry(
         volume.hu.shape[1:], volume.spacing[1:], params["size"], params["resize"]
     )
+    arrays = {"hu.npy": np.stack([geometry.image_to_square(volume.hu[z]) for z in kept])}
+    side = 0.0
+    if mask is not None:
+        squares = [geometry.mask_to_square(mask[z]) for z in kept]
+        arrays["mask.npy"] = np.stack(squares).astype(np.uint8)
+        side = organ_side(arrays["hu.npy"], arrays["mask.npy"])
     record = ScanRecord(
         name=scan.name,
         **_paths(scan),
@@ -195,6 +226,8 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
         spacing=volume.spacing,
         affine=tuple(tuple(row) for row in volume.affine.tolist()),
         axcodes=volume.axcodes,
+        oriented=volume.oriented,
+        organ_side=side,
         geometry=geometry,
         slices=tuple(kept),
         # Counted before resizing: a small organ must not vanish from the image-level label.
@@ -202,59 +235,8 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
         unannotated=tuple(i for i, z in enumerate(kept) if not annotated[z]),
         ignore_value=scan.ignore_value,
     )
-    arrays = {"hu.npy": np.stack([geometry.image_to_square(volume.hu[z]) for z in kept])}
-    if mask is not None:
-        squares = [geometry.mask_to_square(mask[z]) for z in kept]
-        arrays["mask.npy"] = np.stack(squares).astype(np.uint8)
-    _write_scan(store / "scans" / scan.name, arrays, record)
+    write_scan(store / "scans" / scan.name, arrays, record)
     return record
-
-
-def _write_scan(folder: Path, arrays: dict, record: ScanRecord) -> None:
-    write = _write_objects if is_remote(folder) else _write_folder
-    try:
-        write(folder, arrays, record)
-    except (OSError, UserError) as error:
-        raise UserError(
-            f"{folder}: could not be written ({error}); make room or place the store elsewhere "
-            "with --config.data.store=DIR, then run again: finished scans are kept."
-        ) from error
-
-
-def _write_folder(folder: pathlib.Path, arrays: dict, record: ScanRecord) -> None:
-    # Two processes may prepare one store: each has a folder of its own until the scan is whole.
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        partial.mkdir(parents=True)
-        for name, array in arrays.items():
-            np.save(partial / name, array)
-        write_json(partial / SCAN, record.to_json())
-        if _same_scan(folder, partial):
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # No folder replaces another that is not empty: here, one that appeared since.
-            if not _same_scan(folder, partial):
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _same_scan(folder: pathlib.Path, partial: pathlib.Path) -> bool:
-    """Whether another process has finished in `folder` what lies in `partial`."""
-    path = folder / SCAN
-    return path.exists() and read_json(path) == read_json(partial / SCAN)
-
-
-def _write_objects(folder: Path, arrays: dict, record: ScanRecord) -> None:
-    """An object store renames no folders: the record goes first and comes last."""
-    (folder / SCAN).unlink(missing_ok=True)
-    for name, array in arrays.items():
-        with whole_file(folder / name) as partial:
-            np.save(partial, array)
-    write_json(folder / SCAN, record.to_json())
 
 
 def _refuse_another_store(store: Path, params: dict, scans: list[datasets.Scan]) -> None:
@@ -275,6 +257,28 @@ def _refuse_another_store(store: Path, params: dict, scans: list[datasets.Scan])
             f"{store}: holds {len(vanished)} scans that the data set lacks, such as {vanished[0]}; "
             f"{fix}"
         )
+    for scan in scans:
+        if scan.name in found.records:
+            _refuse_another_scan(scan, found.records[scan.name], params, f"{store}: {fix}")
+
+
+def _refuse_another_scan(scan: datasets.Scan, record: ScanRecord, params: dict, fix: str) -> None:
+    """A file that was replaced in its place is prepared anew; another scan of that name is not, nor
+    the same one for other labels: the store's other users do not know of it."""
+    if record.fingerprint == _fingerprint(scan, params):
+        return
+    wanted = {"label values": scan.label_values, "value to ignore": scan.ignore_value}
+    made = {"label values": record.label_values, "value to ignore": record.ignore_value}
+    if scan.label and record.label and (differing := differing_fields(made, wanted)):
+        raise UserError(f"{scan.name} was prepared with {', '.join(differing)} in {fix}")
+    if record.image != str(absolute(scan.image)):
+        raise UserError(
+            f"{scan.image}: {scan.name} was prepared from another file, {record.image}, in {fix}"
+        )
+
+
+def _holds(path: Path, value) -> bool:
+    return path.exists() and read_json(path) == json.loads(json.dumps(value))
 
 
 def _listed(names: list[str]) -> str:

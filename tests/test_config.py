@@ -1,12 +1,13 @@
 """Configs: every file builds, unknown fields are named, a workdir belongs to one config."""
 
 import importlib
+import json
 import pathlib
 
 import pytest
 
 from configs import labels, lits, totalsegmentator
-from sammix_jax.config import claim_workdir, default_config, load_config
+from sammix_jax.config import check_workdir, claim_workdir, default_config, load_config
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.errors import UserError
 from sammix_jax.presets import apply_preset
@@ -104,6 +105,19 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
         claim_workdir(config, tmp_path)
     assert "train.learning_rate=0.001 (now 0.5)" in str(error.value)
     assert "input.window=[-160.0, 240.0] (now [-100.0, 200.0])" in str(error.value)
+
+
+def test_a_workdir_of_before_a_field_came(config, tmp_path):
+    """It was made with what is now the default."""
+    claim_workdir(config, tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["data"]["default_orientation"]
+    path.write_text(json.dumps(fields))
+    check_workdir(config, tmp_path)
+    config.data.default_orientation = "LAS"
+    with pytest.raises(UserError, match=r"data\.default_orientation= \(now LAS\)"):
+        check_workdir(config, tmp_path)
 
 
 def test_places_and_reporting_may_change(config, tmp_path):

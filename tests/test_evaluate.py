@@ -327,6 +327,11 @@ def test_refusals(run, config):
     (run / "store" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"/moved/.*no such file, as of all .*--mode=prepare"):
         evaluate(config, run)
+    for scan in manifest["scans"]:
+        scan["organ_pixels"] = [2 * n for n in scan["organ_pixels"]]  # prepared for another organ
+    (run / "store" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"have other voxels or masks there than when .* trained"):
+        evaluate(config, run)
     manifest["scans"] = []
     (run / "store" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="lacks the scans"):

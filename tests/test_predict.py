@@ -114,6 +114,14 @@ def test_refusals(tmp_path, workdir, config, scan):
         predict(config, tmp_path / "fresh", path, tmp_path / "mask.nii.gz")
 
 
+def test_a_place_that_cannot_be_written_is_told_first(tmp_path, config, scan):
+    """Before a checkpoint is read: here there is none."""
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output: .*file/masks cannot be made .*give another"):
+        predict(config, tmp_path, tmp_path / "scan.nii.gz", tmp_path / "file" / "masks" / "m.nii")
+
+
 def test_the_checkpoint_knows_how_its_input_was_made(tmp_path, workdir, config, scan):
     """Also where config.json was changed or lost: weights and window belong together."""
     path, mask = tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz"

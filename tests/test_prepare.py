@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import shutil
+import threading
+import time
 
 import jax.numpy as jnp
 import nibabel as nib
@@ -80,7 +83,9 @@ def test_rerun_keeps_finished_scans(config, tmp_path, monkeypatch):
     read = []
     original = prepare_module.volumes.read_volume
     monkeypatch.setattr(
-        prepare_module.volumes, "read_volume", lambda path: read.append(path) or original(path)
+        prepare_module.volumes,
+        "read_volume",
+        lambda path, *how: read.append(path) or original(path, *how),
     )
     prepare(config, tmp_path / "run")
     assert read == []
@@ -124,11 +129,11 @@ def test_a_full_disk_leaves_no_half_store(config, tmp_path, monkeypatch):
 def test_another_process_may_finish_a_scan_first(config, tmp_path, monkeypatch, moment):
     finished = prepare(config, tmp_path / "other").root / "scans"
     scans = tmp_path / "run" / "store" / "scans"
-    save, rmtree, came = np.save, prepare_module.shutil.rmtree, set()
+    save, rmtree, came = np.save, shutil.rmtree, set()
 
     def come(name):
         came.add(name)
-        prepare_module.shutil.copytree(finished / name, scans / name)
+        shutil.copytree(finished / name, scans / name)
 
     def slow(path, array):
         save(path, array)
@@ -141,14 +146,14 @@ def test_another_process_may_finish_a_scan_first(config, tmp_path, monkeypatch, 
             come(path.name)
 
     monkeypatch.setattr(np, "save", slow)
-    monkeypatch.setattr(prepare_module.shutil, "rmtree", removed)
+    monkeypatch.setattr(shutil, "rmtree", removed)
     store = prepare(config, tmp_path / "run")
     assert came == set(store.records) == {p.name for p in scans.iterdir()}
 
 
 def test_a_folder_that_cannot_be_replaced_is_told(config, tmp_path, monkeypatch):
     scans = tmp_path / "run" / "store" / "scans"
-    rmtree = prepare_module.shutil.rmtree
+    rmtree = shutil.rmtree
 
     def removed(path, **options):
         rmtree(path, **options)
@@ -156,7 +161,7 @@ def test_a_folder_that_cannot_be_replaced_is_told(config, tmp_path, monkeypatch)
             path.mkdir()
             (path / "stray").touch()
 
-    monkeypatch.setattr(prepare_module.shutil, "rmtree", removed)
+    monkeypatch.setattr(shutil, "rmtree", removed)
     with pytest.raises(UserError, match=r"volume-1: could not be written.*data\.store"):
         prepare(config, tmp_path / "run")
 
@@ -360,3 +365,93 @@ def test_masks_without_the_organ_are_told(config, lits, tmp_path, caplog):
     nib.save(nib.Nifti1Image(empty, AFFINE), lits / "segmentation-1.nii.gz")
     prepare(config, tmp_path / "run")
     assert "masks without any liver: 1 scans (volume-1)" in caplog.text
+
+
+def test_an_unchanged_store_is_not_written_to(config, tmp_path, monkeypatch):
+    """It may be another user's, to be read alone."""
+    prepare(config, tmp_path / "run")
+    written = []
+    monkeypatch.setattr(prepare_module, "write_json", lambda *args: written.append(args))
+    assert len(prepare(config, tmp_path / "run").records) == 3
+    assert not written
+
+
+@pytest.mark.parametrize("change", ["labels", "scan"])
+def test_a_store_is_not_remade_under_its_other_users(config, lits, tmp_path, change):
+    before = prepare(config, tmp_path / "run")
+    if change == "labels":
+        config.data.label_values = (2,)
+        told = (
+            r"volume-0 was prepared with label values=\(1, 2\) \(now \(2,\)\) in .*data\.store=DIR"
+        )
+    else:  # of that name
+        other = tmp_path / "other"
+        shutil.copytree(lits, other)
+        image = nib.load(lits / "volume-1.nii.gz")
+        image = nib.Nifti1Image(np.asarray(image.dataobj) + np.int16(7), AFFINE)
+        nib.save(image, other / "volume-1.nii.gz")
+        config.data.root = str(other)
+        told = r"other/volume-1\.nii\.gz: volume-1 was prepared from another file, .*scans/volume-1"
+    with pytest.raises(UserError, match=told):
+        prepare(config, tmp_path / "run")
+    assert SliceStore.open(before.root).records == before.records
+
+
+def test_a_bug_does_not_wait_for_all_scans(config, tmp_path, monkeypatch):
+    begun, go_on = [], threading.Event()
+
+    def prepare_scan(scan, store, params):
+        begun.append(scan.name)
+        if len(begun) == 1:
+            raise RuntimeError("a bug")
+        go_on.wait(20)
+
+    # The second scan is at work when the bug is told; the third waits, and never begins.
+    shutdown = prepare_module.concurrent.futures.ThreadPoolExecutor.shutdown
+
+    def ended(pool, wait=True, *, cancel_futures=False):
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        go_on.set()
+        shutdown(pool, wait)
+
+    monkeypatch.setattr(prepare_module.concurrent.futures.ThreadPoolExecutor, "shutdown", ended)
+    monkeypatch.setattr(prepare_module, "_prepare_scan", prepare_scan)
+    config.data.workers = 1
+    with pytest.raises(RuntimeError, match="a bug"):
+        prepare(config, tmp_path / "run")
+    assert begun[0] == "volume-0" and "volume-2" not in begun
+
+
+def test_what_was_abandoned_is_cleared(config, tmp_path):
+    scans = tmp_path / "run" / "store" / "scans"
+    for name, age in ((".volume-0.aaaa.partial", 2 * 24 * 3600), (".volume-0.bbbb.partial", 60)):
+        (scans / name).mkdir(parents=True)
+        (scans / name / "hu.npy").write_bytes(b"half")
+        os.utime(scans / name, (time.time() - age,) * 2)
+    prepare(config, tmp_path / "run")
+    assert {p.name for p in scans.glob(".*")} == {".volume-0.bbbb.partial"}  # another's, at work
+
+
+@pytest.mark.parametrize("orientation", ["", "LAS"])
+def test_scans_that_seem_mirrored_are_told(config, lits, tmp_path, caplog, orientation):
+    """Like LiTS's, some of which have lost their affines. Here the body is a disc, and what has
+    the wrong header is one of its scans with the axis turned."""
+    for path in lits.iterdir():
+        path.unlink()
+    x, y = np.meshgrid(np.arange(40), np.arange(30), indexing="ij")
+    body = (x - 20) ** 2 + (y - 15) ** 2 < 14**2
+    hu = np.where(body, 40, -1000).astype(np.int16)[..., None].repeat(6, axis=2)
+    mask = np.zeros(hu.shape, np.uint8)
+    mask[24:30, 10:20, 2:4] = 1  # at the patient's right, as axis 0 runs there
+    for n, affine in enumerate((AFFINE, AFFINE, np.eye(4))):
+        turned = slice(None, None, -1 if n == 2 else 1)
+        nib.save(nib.Nifti1Image(hu[turned], affine), lits / f"volume-{n}.nii.gz")
+        nib.save(nib.Nifti1Image(mask[turned], affine), lits / f"segmentation-{n}.nii.gz")
+    config.data.default_orientation = orientation
+    store = prepare(config, tmp_path / "run")
+    sides = [store.records[f"volume-{n}"].organ_side for n in range(3)]
+    assert sides[0] == sides[1] < 0
+    told = "1 scans that know no orientation (volume-2) than in those"
+    assert (told in caplog.text) == (orientation == "")
+    assert sides[2] == pytest.approx(-sides[0] if orientation == "" else sides[0], abs=0.03)
+    assert ("--config.data.default_orientation=LAS" in caplog.text) == (orientation == "")

@@ -185,7 +185,7 @@ def _write_training(layout: Layout, store: SliceStore, training: dict[str, Slice
         by_scan[s.scan].append((case, s))
     for name, cases in by_scan.items():
         record = store.records[name]
-        volume = volumes.read_volume(record.image)
+        volume = volumes.read_volume(record.image, store.params["default_orientation"])
         mask = read_mask(record.label, volume, record.label_values)
         for case, s in cases:
             z = record.slices[s.position]
@@ -208,7 +208,7 @@ def _write_tests(layout: Layout, config, output, roots: Sequence[str]) -> list[d
         cases = {}
         for scan in scans:
             case = f"test_{written:04d}"
-            volume = volumes.read_volume(scan.image)
+            volume = volumes.read_volume(scan.image, config.data.default_orientation)
             write_nifti(layout.image("imagesTs", case), volume.hu, canonical_affine(volume))
             files = {"image": str(absolute(scan.image)), "label": str(absolute(scan.label))}
             cases[case] = dataclasses.asdict(scan) | files

@@ -96,7 +96,7 @@ def find_scans(
 
 def natural(name: str) -> list:
     """A sort key in which scan-2 comes before scan-10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _find_lits(root: Path, organ: str) -> list[Scan]:

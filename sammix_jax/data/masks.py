@@ -73,8 +73,9 @@ def read_annotation(
     if hdf5.is_hdf5(path):  # scan and mask share the file, which knows its labels
         organ = hdf5.read_mask(path)
         return Annotation(organ, np.ones(len(organ), bool))
-    image, voxels = read_nifti(path)
-    shape = tuple(np.shape(voxels))
+    nifti = read_nifti(path)
+    image, voxels = nifti.image, nifti.values()
+    shape = voxels.shape
     expected = _file_shape(scan)
     if shape != expected:
         raise UserError(
@@ -83,14 +84,17 @@ def read_annotation(
         )
     shift = _largest_shift(image.affine, scan.affine, shape)
     has_spacing = not lost_spacing(image.affine, is_placed(image))
-    if scan.has_spacing != has_spacing:
-        _LOG.warning(
-            "%s: the %s has no spacing (its affine is the identity or unset); the mask's voxels "
-            "are taken for those of its scan %s, in the order of the file: look whether they fit.",
-            path,
-            "scan" if has_spacing else "mask",
-            scan.path,
-        )
+    if not (scan.has_spacing and has_spacing):
+        if shift > AFFINE_TOLERANCE_MM:
+            without = "mask" if scan.has_spacing else "scan" if has_spacing else "scan and mask"
+            _LOG.warning(
+                "%s: no spacing (an affine that is the identity or unset) in the file of the %s; "
+                "the mask's voxels are taken for those of its scan %s, in the order of the file: "
+                "look whether they fit.",
+                path,
+                without,
+                scan.path,
+            )
     elif not shift <= AFFINE_TOLERANCE_MM:  # also catches NaN
         raise UserError(
             f"{path}: the mask's affine places its voxels up to {shift:.3g} mm from those of its "

@@ -5,6 +5,7 @@ slice drawn with `imshow` is the radiological view (anterior up, the patient's r
 Reorientation only permutes and flips axes: every voxel keeps its value and its place in the world.
 """
 
+import dataclasses
 import gzip
 import pathlib
 import zlib
@@ -33,6 +34,39 @@ _UNREADABLE = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Nifti:
+    """A NIfTI file's image and voxels.
+
+    As floats a rescaled scan takes four times its file's memory, so values are had by planes.
+
+    Attributes:
+      image: nibabel's, for header and affine.
+      raw: (I, J, K), as the file holds them.
+      slope, inter: a voxel's value is slope * raw + inter.
+    """
+
+    image: nib.spatialimages.SpatialImage
+    raw: np.ndarray
+    slope: float
+    inter: float
+
+    @property
+    def is_scaled(self) -> bool:
+        return (self.slope, self.inter) != (1, 0)
+
+    def plane(self, k: int) -> np.ndarray:
+        """(I, J) values of one plane: the file's own numbers, or floats where they are scaled."""
+        plane = self.raw[..., k]
+        return plane * self.slope + self.inter if self.is_scaled else plane
+
+    def values(self) -> np.ndarray:
+        """(I, J, K), of all planes."""
+        if not self.is_scaled:
+            return self.raw
+        return np.stack([self.plane(k) for k in range(self.raw.shape[2])], axis=-1)
+
+
 def is_nifti(path) -> bool:
     """Whether the file's name ends as a NIfTI file's does."""
     return pathlib.PurePath(path).name.endswith(SUFFIXES)
@@ -44,8 +78,8 @@ def stem(path) -> str:
     return name.removesuffix(".gz").removesuffix(".nii")
 
 
-def read_nifti(path: Path):
-    """The nibabel image and its scaled voxels, (I, J, K) in the order of the file.
+def read_nifti(path: Path) -> Nifti:
+    """Reads one 3D image.
 
     Raises:
       UserError: no whole file of one 3D image of plain numbers, or an affine that places none.
@@ -61,7 +95,7 @@ def read_nifti(path: Path):
             image = nib.load(local)
             with _opened(local) as file:
                 image = type(image).from_file_map({"image": FileHolder(fileobj=file)})
-                voxels = np.asanyarray(image.dataobj)
+                voxels = np.asanyarray(image.dataobj.get_unscaled())
                 file.read()
     except _UNREADABLE as error:
         raise UserError(
@@ -89,7 +123,7 @@ def read_nifti(path: Path):
             f"{path}: the affine {affine.tolist()} places no volume in space; mend the "
             "header's sform or qform."
         )
-    return image, voxels
+    return Nifti(image, voxels, float(image.dataobj.slope), float(image.dataobj.inter))
 
 
 def _opened(path: pathlib.Path):

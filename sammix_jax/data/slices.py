@@ -18,7 +18,7 @@ from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 
 MANIFEST, SCAN = "manifest.json", "scan.json"
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,10 @@ class ScanRecord:
         "" if none.
       fingerprint: size and modification time of the files, by which a changed scan is noticed.
       shape, spacing: (D, H, W) of the canonical volume; mm.
-      affine: (4, 4) of the file, row by row; axcodes: the file's orientation.
+      affine: (4, 4) of the file, row by row.
+      axcodes, oriented: the file's orientation, and whether the file itself tells it.
+      organ_side: how far to the patient's left of the body's centre the organ's lies, as a part of
+        the slice's width; 0 without a mask.
       geometry: from the volume's slices to the store's.
       slices: index of each stored slice in the canonical volume.
       organ_pixels: organ pixels of each stored slice before resizing; empty if there is no label.
@@ -49,6 +52,8 @@ class ScanRecord:
     geometry: SliceGeometry
     slices: tuple[int, ...]
     organ_pixels: tuple[int, ...]
+    oriented: bool = True
+    organ_side: float = 0.0
     unannotated: tuple[int, ...] = ()
     ignore_value: int | None = None
 
@@ -132,7 +137,7 @@ class SliceStore:
         local = self._copies(path)
         try:
             return np.load(local, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise UserError(
                 f"{path}: cannot be read ({error}); delete {self.root} and prepare again."
             ) from error

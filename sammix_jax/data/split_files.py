@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 
 import numpy as np
 
@@ -133,6 +134,28 @@ def training_scans(config, workdir) -> TrainingScans:
     return TrainingScans(known_by(trained), known_by(split.val), hdf5)
 
 
+def changed_scans(store: SliceStore, workdir, names: Collection[str] | None = None) -> list[str]:
+    """The labelled scans of a workdir that the store lacks, or holds with other images or masks.
+
+    Args:
+      store: the workdir's, or what has taken its place.
+      workdir: one that was begun; of one that was not, no scan has changed.
+      names: of the scans to compare; None compares all.
+    """
+    workdir = as_path(workdir)
+    if not (workdir / SCANS).exists():
+        return []
+    begun, now = read_json(workdir / SCANS), _digests(store)
+    images = read_json(workdir / IMAGES) if (workdir / IMAGES).exists() else {}
+
+    def changed(name: str) -> bool:
+        if begun[name] != now.get(name):
+            return True
+        return name in images and images[name]["digest"] != _image_digest(store, name)
+
+    return sorted(filter(changed, begun if names is None else begun.keys() & set(names)))
+
+
 def digest(shape, affine, organ_pixels) -> str:
     """What tells labelled scans apart, whatever their files' names and dates.
 
@@ -177,14 +200,10 @@ def _image_digest(store: SliceStore, name: str) -> str:
 def _refuse_other_scans(store: SliceStore, workdir: Path, taught: bool) -> None:
     """Labelled scans may join, which a split once kept leaves out; what a teacher teaches on is all
     that has no mask, and must stay the same."""
-    path = workdir / SCANS
-    if not path.exists():
-        return
-    begun, now = read_json(path), _digests(store)
-    other = sorted(name for name in begun if begun[name] != now.get(name))
+    other = changed_scans(store, workdir)
     if taught and (workdir / IMAGES).exists():
-        without = set(read_json(workdir / IMAGES)) - set(begun)
-        other += sorted(without ^ (set(store.records) - set(now)))
+        without = set(read_json(workdir / IMAGES)) - set(read_json(workdir / SCANS))
+        other += sorted(without ^ {n for n, r in store.records.items() if not r.has_label})
     if other:
         raise UserError(
             f"{workdir}: begun on other scans: {', '.join(other[:5])} changed, vanished or joined "

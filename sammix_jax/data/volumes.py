@@ -11,6 +11,7 @@ import numpy as np
 
 from sammix_jax.data import hdf5
 from sammix_jax.data.nifti import (
+    Nifti,
     canonical_transform,
     is_placed,
     lost_spacing,
@@ -40,6 +41,7 @@ class Volume:
       affine: (4, 4) float64, the file's own affine (file voxel order → RAS+ mm).
       orientation: (3, 2) nibabel orientation of the file's axes.
       placed: whether the file says where its voxels lie, by a sform or a qform.
+      oriented: whether it says how its axes run; a lost affine says it of none.
       already_cut: whether the file holds only the slices that its maker kept of the scan, so that
         none of them is to be left out again.
     """
@@ -50,6 +52,7 @@ class Volume:
     affine: np.ndarray
     orientation: np.ndarray
     placed: bool = True
+    oriented: bool = True
     already_cut: bool = False
 
     @property
@@ -68,8 +71,13 @@ class Volume:
         return not lost_spacing(self.affine, self.placed)
 
 
-def read_volume(path) -> Volume:
+def read_volume(path, default_orientation: str = "") -> Volume:
     """Reads a CT scan.
+
+    Args:
+      path: a NIfTI file, or the authors' HDF5.
+      default_orientation: nibabel's codes of the axes of a NIfTI file that knows none; "" leaves
+        them to nibabel: RAS of an identity affine, LAS without sform and qform.
 
     Raises:
       UserError: not a whole 3D NIfTI file, non-finite or constant voxels, or an unusable affine;
@@ -84,16 +92,55 @@ def read_volume(path) -> Volume:
             affine=UNPLACED,
             orientation=nib.io_orientation(UNPLACED),
             placed=False,
+            oriented=False,
             already_cut=True,
         )
-    image, voxels = read_nifti(path)
-    if not np.issubdtype(voxels.dtype, np.integer) and not np.isfinite(voxels).all():
-        bad = int(np.size(voxels) - np.isfinite(voxels).sum())
+    nifti = read_nifti(path)
+    hu = _hounsfield(path, nifti)
+    image = nifti.image
+    orientation = nib.io_orientation(image.affine)
+    placed = is_placed(image)
+    oriented = placed and not lost_spacing(image.affine, placed)
+    if not oriented:
+        if default_orientation:
+            orientation = nib.orientations.axcodes2ornt(default_orientation)
+        _LOG.warning(
+            "%s: %s, so its orientation is unknown and taken for %s, by data.default_orientation: "
+            "look at the overlay.",
+            path,
+            "the affine is the identity" if placed else "neither sform nor qform is set",
+            "".join(nib.orientations.ornt2axcodes(orientation)),
+        )
+    i, j, k = (int(a) for a in canonical_transform(orientation)[:, 0].argsort())
+    zooms = nib.affines.voxel_sizes(image.affine)
+    return Volume(
+        path=path,
+        hu=to_canonical(hu, orientation),
+        spacing=(float(zooms[k]), float(zooms[j]), float(zooms[i])),
+        affine=image.affine,
+        orientation=orientation,
+        placed=placed,
+        oriented=oriented,
+    )
+
+
+def _hounsfield(path: Path, nifti: Nifti) -> np.ndarray:
+    """(I, J, K) int16, rounded; refuses what is no scan."""
+    as_they_are = nifti.raw.dtype == np.int16 and not nifti.is_scaled
+    hu = nifti.raw if as_they_are else np.empty(nifti.raw.shape, np.int16, order="F")
+    bad, low, high = 0, np.inf, -np.inf
+    for k in range(hu.shape[2]):
+        plane = nifti.plane(k)
+        low, high = min(low, plane.min()), max(high, plane.max())
+        if plane.dtype.kind == "f" and (faulty := np.count_nonzero(~np.isfinite(plane))):
+            bad += faulty
+        elif not as_they_are:
+            hu[..., k] = np.clip(np.rint(plane), -32768, 32767)
+    if bad:
         raise UserError(
-            f"{path}: {bad} of {voxels.size} voxels are NaN or infinite, expected Hounsfield units "
+            f"{path}: {bad} of {hu.size} voxels are NaN or infinite, expected Hounsfield units "
             "everywhere; fill them (air is -1000) or export the scan again."
         )
-    low, high = voxels.min(), voxels.max()
     if low == high:
         raise UserError(
             f"{path}: every voxel is {low}, expected a CT scan; the export is empty or broken."
@@ -104,32 +151,4 @@ def read_volume(path) -> Volume:
             path,
             low,
         )
-    orientation = nib.io_orientation(image.affine)
-    placed = is_placed(image)
-    if not placed or lost_spacing(image.affine, placed):
-        _LOG.warning(
-            "%s: %s, so its orientation is unknown and taken for %s: look at the overlay.",
-            path,
-            "the affine is the identity" if placed else "neither sform nor qform is set",
-            "".join(nib.aff2axcodes(image.affine)),
-        )
-    i, j, k = (int(a) for a in canonical_transform(orientation)[:, 0].argsort())
-    zooms = nib.affines.voxel_sizes(image.affine)
-    return Volume(
-        path=path,
-        hu=to_canonical(_as_int16(voxels), orientation),
-        spacing=(float(zooms[k]), float(zooms[j]), float(zooms[i])),
-        affine=image.affine,
-        orientation=orientation,
-        placed=placed,
-    )
-
-
-def _as_int16(voxels: np.ndarray) -> np.ndarray:
-    """Slice by slice, for scaled voxels are float64, four times what is kept of them."""
-    if voxels.dtype == np.int16:
-        return voxels
-    rounded = np.empty(voxels.shape, np.int16, order="F")
-    for k in range(voxels.shape[2]):
-        rounded[..., k] = np.clip(np.rint(voxels[..., k]), -32768, 32767)
-    return rounded
+    return hu

@@ -8,7 +8,13 @@ import pytest
 
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.slices import ScanRecord, SliceStore
-from sammix_jax.data.split_files import image_digest, keep, load_or_draw, training_scans
+from sammix_jax.data.split_files import (
+    changed_scans,
+    image_digest,
+    keep,
+    load_or_draw,
+    training_scans,
+)
 from sammix_jax.data.splits import PARTS, draw_labelled_slices, split_scans
 from sammix_jax.errors import UserError
 from sammix_jax.train import slices_without_masks
@@ -150,6 +156,21 @@ def test_a_workdir_knows_its_scans(tmp_path, config):
     store.records["volume-2"] = dataclasses.replace(record, organ_pixels=(1,) * 10)
     with pytest.raises(UserError, match="begun on other scans: volume-2"):
         load_or_draw(config, store, tmp_path)
+
+
+def test_a_workdir_knows_its_images(tmp_path, config):
+    """Another export of the same patient: the mask and the grid are what they were."""
+    store = fake_store(tmp_path)
+    config.data.labelled_slices = 4
+    keep(*load_or_draw(config, store, tmp_path), store, tmp_path)
+    assert changed_scans(store, tmp_path) == []
+    path = store.root / "scans" / "volume-2" / "hu.npy"
+    np.save(path, np.load(path) + np.int16(1024))
+    again = SliceStore(store.root, store.params, list(store.records.values()))
+    assert changed_scans(again, tmp_path) == ["volume-2"]
+    assert changed_scans(again, tmp_path, ["volume-1", "volume-3"]) == []
+    with pytest.raises(UserError, match="begun on other scans: volume-2"):
+        load_or_draw(config, again, tmp_path)
 
 
 def test_what_a_teacher_teaches_on_stays_the_same(tmp_path, config):

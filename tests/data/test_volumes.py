@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
@@ -172,12 +173,60 @@ def test_a_mask_without_spacing_is_taken_in_the_files_order(write_scan, ct, capl
     lost = np.eye(4)
     lost[:3, 3] = 1
     found = read_mask(write_scan("lost.nii.gz", labels, lost), scan, (1,))
-    assert "the mask has no spacing" in caplog.text and "look whether they fit" in caplog.text
+    assert (
+        "in the file of the mask; the mask's voxels" in caplog.text
+        and "look whether they fit" in caplog.text
+    )
     placed = write_scan("placed.nii.gz", labels, scan.affine)
     np.testing.assert_array_equal(found, read_mask(placed, scan, (1,)))
     lost[0, 3] = 7.5
     with pytest.raises(UserError, match="the mask's affine places its voxels"):
         read_mask(write_scan("elsewhere.nii.gz", labels, lost), scan, (1,))
+
+
+def test_a_scan_and_a_mask_that_both_lost_their_place(write_scan, ct, caplog):
+    """Whatever unit affine each was left with."""
+    scan = volumes.read_volume(write_scan("volume-28.nii.gz", ct, np.eye(4)))
+    labels = (np.asarray(ct) > 50).astype(np.uint8)
+    caplog.clear()
+    read_mask(write_scan("same.nii.gz", labels, np.eye(4)), scan, (1,))
+    assert not caplog.text
+    lost = write_scan("lost.nii.gz", labels, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    found = read_mask(lost, scan, (1,))
+    assert "in the file of the scan and mask" in caplog.text
+    np.testing.assert_array_equal(found, scan.hu > 50)
+
+
+def test_the_orientation_of_a_scan_that_knows_none(write_scan, ct, caplog):
+    path = write_scan("volume-28.nii.gz", ct, np.eye(4))
+    as_ras, as_las = volumes.read_volume(path), volumes.read_volume(path, "LAS")
+    assert (as_ras.axcodes, as_las.axcodes) == ("RAS", "LAS")
+    assert "data.default_orientation" in caplog.text
+    np.testing.assert_array_equal(as_las.hu, np.flip(as_ras.hu, axis=2))
+    # The mask is read, and written, as the file has it.
+    mask = write_scan("segmentation-28.nii.gz", (np.asarray(ct) > 50).astype(np.uint8), np.eye(4))
+    np.testing.assert_array_equal(read_mask(mask, as_las, (1,)), as_las.hu > 50)
+    written = path.with_name("mask.nii.gz")
+    write_mask(written, as_las.hu > 50, as_las)
+    np.testing.assert_array_equal(nib.load(written).get_fdata() > 0, np.asarray(ct) > 50)
+    # One that knows its own keeps it.
+    known = write_scan("volume-1.nii.gz", ct, np.diag([0.8, 0.8, 2.5, 1.0]))
+    assert volumes.read_volume(known, "LAS").axcodes == "RAS"
+
+
+def test_a_rescaled_scan_is_never_whole_in_floats(write_scan, monkeypatch):
+    hu = np.full((64, 64, 200), -1000, np.int16)
+    hu[..., 3] = 40
+    image = nib.Nifti1Image((hu + 1024).astype(np.int16), np.diag([0.8, 0.8, 2.5, 1.0]))
+    image.header.set_slope_inter(1, -1024)
+    path = write_scan("scan.nii.gz", hu)
+    nib.save(image, path)
+    tracemalloc.start()
+    volume = volumes.read_volume(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (volume.hu[3] == 40).all() and volume.hu.dtype == np.int16
+    assert peak < 4.5 * hu.nbytes  # file, HU and their canonical copy
 
 
 def test_lost_spacing_and_tilted_gantry(write_scan, ct):
