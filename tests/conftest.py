@@ -104,6 +104,23 @@ def write_scan(tmp_path):
 
 
 @pytest.fixture
+def lits(tmp_path):
+    """Three scans in LiTS's layout, RAS, the last one unlabelled; the organ on slices 2 and 3."""
+    root, affine = tmp_path / "scans", np.diag([3.0, 3.0, 5.0, 1.0])
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        hu = rng.normal(0, 50, (40, 30, 6)).astype(np.int16)
+        mask = np.zeros(hu.shape, np.uint8)
+        mask[5:20, 10:20, 2:4] = 1
+        mask[8:10, 12:14, 3] = 2
+        nib.save(nib.Nifti1Image(hu, affine), root / f"volume-{n}.nii.gz")
+        if n < 2:
+            nib.save(nib.Nifti1Image(mask, affine), root / f"segmentation-{n}.nii.gz")
+    return root
+
+
+@pytest.fixture
 def ct():
     """(20, 16, 6) int16: noise about soft tissue, no two axes alike."""
     return np.random.default_rng(0).normal(40, 60, (20, 16, 6)).astype(np.int16)

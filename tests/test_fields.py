@@ -97,8 +97,9 @@ TESTED = {
     "test_inference.py": {
         "test_of_a_scans_mask_the_largest_component_may_be_kept": ("evaluate.component",),
     },
-    "test_prepare.py": {
+    "prepare/test_contents.py": {
         "test_a_part_of_the_height_is_counted_from_the_feet": ("data.slice_range",),
+        "test_scans_that_seem_mirrored_are_told": ("data.default_orientation",),
     },
     "method/test_objective.py": {
         "test_the_loss_is_the_sum_of_its_weighted_parts": (
