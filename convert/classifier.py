@@ -10,6 +10,7 @@ starts from random values.
 
 import sys
 
+import jax
 from absl import app, flags
 
 from convert.classifier_rules import CLASSIFIERS
@@ -59,6 +60,7 @@ def define_flags() -> None:
 
 def main(argv) -> int:
     given = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")  # a machine's accelerator may be at work
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments {argv[1:]}; every option begins with --")
@@ -68,7 +70,8 @@ def main(argv) -> int:
         return 1
     print(
         f"{given.output}: {arch}; train with --config.model.classifier={arch} "
-        f"--config.model.classifier_weights={given.output}"
+        f"--config.model.classifier_weights={given.output} "
+        "--config.input.normalise=sam, whose mean and deviation are ImageNet's"
     )
     return 0
 

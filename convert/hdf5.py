@@ -3,8 +3,9 @@
 python -m convert.hdf5 --input=STORE --output=DIR
 
 The store must have been prepared under the paper preset (data.resize="paper", data.size=256), whose
-arithmetic is the authors'. Each labelled scan becomes DIR/NAME.h5 (`sammix_jax/data/hdf5.py` tells
-its parts), its slices numbered as in the scan. DIR can then be a data.root or an evaluate.root.
+arithmetic is the authors'. Each scan that is annotated throughout becomes DIR/NAME.h5
+(`sammix_jax/data/hdf5.py` tells its parts), its slices numbered as in the scan. DIR can then be a
+data.root or an evaluate.root.
 """
 
 import sys
@@ -27,19 +28,22 @@ def convert(store, output) -> tuple[int, int]:
       output: folder for the files; those of an interrupted conversion are written again.
 
     Returns:
-      How many scans were written, and how many were left out for want of a mask.
+      How many scans were written, and how many were left out for want of a whole mask: the form
+      has no way to say that a part is not annotated.
 
     Raises:
-      UserError: no store, one of another arithmetic or without masks, other HDF5 files in the
+      UserError: no store, one of another arithmetic or without whole masks, other HDF5 files in the
         output, or no room. Files that are there are whole.
     """
     output = as_path(output)
     h5py = hdf5.import_h5py(output)
     store = SliceStore.open(store)
     _check_arithmetic(store)
-    names = [name for name, record in store.records.items() if record.has_label]
+    names = [
+        n for n, record in store.records.items() if record.has_label and not record.unannotated
+    ]
     if not names:
-        raise UserError(f"{store.root}: none of its scans has a mask, which every file needs.")
+        raise UserError(f"{store.root}: no scan there has a whole mask, which every file needs.")
     _check_output(output, {f"{name}.h5" for name in names})
     for name in tqdm(names, desc="convert", unit="scan", disable=None):
         with whole_file(output / f"{name}.h5") as partial:
@@ -96,7 +100,7 @@ def main(argv) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    left_out = f", {without} without a mask left out" if without else ""
+    left_out = f", {without} without a whole mask left out" if without else ""
     print(f"{given.output}: {written} scans{left_out}")
     return 0
 

@@ -5,6 +5,7 @@ import numpy as np
 from convert.rules import CONV, DECONV, LINEAR, NORM, VALUE, Rule, Table
 from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import Path
+from sammix_jax.errors import UserError
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
 from sammix_jax.models.sam.variants import SamVariant
 from sammix_jax.weights import save_arrays
@@ -114,10 +115,19 @@ def write_folder(
       arrays: in Hugging Face's layout.
       sizes: of the model and its images, for config.json.
       normalise: `input.normalise` of the training, for preprocessor_config.json.
+
+    Raises:
+      UserError: a file cannot be written; none is left then.
     """
-    save_arrays(folder / "model.safetensors", arrays, {"format": "pt"})
-    write_json(folder / "config.json", _model_config(sizes))
-    write_json(folder / "preprocessor_config.json", _processor_config(sizes, normalise))
+    files = [folder / n for n in ("config.json", "preprocessor_config.json", "model.safetensors")]
+    try:
+        write_json(files[0], _model_config(sizes))
+        write_json(files[1], _processor_config(sizes, normalise))
+        save_arrays(files[2], arrays, {"format": "pt"})
+    except UserError:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def _model_config(sizes: SamVariant) -> dict:

@@ -14,6 +14,7 @@ import sys
 from typing import NamedTuple
 
 import absl.logging
+import jax
 import numpy as np
 from absl import app, flags
 from flax import traverse_util
@@ -23,6 +24,7 @@ from convert.rules import recognise
 from convert.sam_rules import OFFICIAL, SAM_MODELS, resize_tables, sam_shapes
 from convert.sources import caster, foreign, import_torch, read_tensors, to_torch
 from sammix_jax.config import load_config
+from sammix_jax.config_rules import CHOICES
 from sammix_jax.data.files import whole_file
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
@@ -59,7 +61,11 @@ class Loaded(NamedTuple):
 
 
 def convert(
-    path, output, form: str | None = None, dtype: str | None = None
+    path,
+    output,
+    form: str | None = None,
+    dtype: str | None = None,
+    normalise: str | None = None,
 ) -> tuple[str, list[str]]:
     """Converts one model.
 
@@ -68,6 +74,8 @@ def convert(
       output: file or new folder to write.
       form: a key of `FORMATS`; None takes it from the output's ending.
       dtype: type to store; None keeps the input's.
+      normalise: `input.normalise` of the images that the model learned from, where its file does
+        not tell.
 
     Returns:
       The variant found, and what the user of an exported model must know, a line each.
@@ -80,6 +88,10 @@ def convert(
     form = _check_output(output, form)
     cast = caster(path, dtype)
     sam = load(path, cast)
+    if normalise:
+        known = sam.images.setdefault("normalise", normalise)
+        if known != normalise:
+            raise UserError(f"{path}: says normalise={known}, and --normalise={normalise}.")
     if form == "sammix":
         metadata = {
             "kind": "sam",
@@ -139,7 +151,7 @@ def _load_workdir(workdir: Path, cast) -> Loaded:
 
 def _load_own(path: Path, cast) -> Loaded:
     arrays, metadata = read_weights(path)
-    variant = metadata["model"]
+    variant = metadata.get("model")
     shapes = {name: array.shape for name, array in arrays.items()}
     if variant not in SAM_MODELS or shapes != sam_shapes(variant):
         raise UserError(
@@ -148,6 +160,8 @@ def _load_own(path: Path, cast) -> Loaded:
         )
     arrays = {name: cast(array) for name, array in arrays.items()}
     images = {key: metadata[key] for key in IMAGE_KEYS if key in metadata}
+    if not images.get("image_size", "1").isdecimal():
+        raise UserError(f"{path}: says image_size={images['image_size']}, expected a number.")
     return Loaded(arrays, variant, path.name, sha256(path), images)
 
 
@@ -238,15 +252,24 @@ def define_flags() -> None:
         f"{forms}. By default as the output ends: .safetensors, .pth, none.",
     )
     flags.DEFINE_enum("dtype", None, DTYPES, "Type to store; the input's without it.")
+    flags.DEFINE_enum(
+        "normalise",
+        None,
+        CHOICES["input.normalise"],
+        "Of the images that the model learned from, where its file does not tell; MedSAM: minmax.",
+    )
 
 
 def main(argv) -> int:
     given = flags.FLAGS
+    jax.config.update("jax_platforms", "cpu")  # a machine's accelerator may be at work
     absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells of every file it opens
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments {argv[1:]}; every option begins with --")
-        variant, notes = convert(given.input, given.output, given.format, given.dtype)
+        variant, notes = convert(
+            given.input, given.output, given.format, given.dtype, given.normalise
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,9 +1,9 @@
 """Reads other projects' weight files, without ever running code that one may carry."""
 
 import functools
-import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
@@ -29,6 +29,9 @@ _SIGNS = {
 }
 # Names under which training scripts keep the weights beside an optimiser's state.
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
+# What weights_only promises PyTorch keeps from here on: before, a file could corrupt memory
+# (CVE-2026-24747) or run code (CVE-2025-32434, before 2.6).
+_SAFE_TORCH = (2, 10)
 # How MXNet's files of parameters begin; ResNet-38's first publisher has them.
 _MXNET = (0x112).to_bytes(8, "little")
 
@@ -43,8 +46,8 @@ class Stored(NamedTuple):
 def read_tensors(path) -> dict[str, Stored]:
     """The arrays of a `.safetensors` (no torch needed) or of a PyTorch file.
 
-    A wrapper such as {'model': ...} is taken off, and what a training script put before every key
-    of a known layout, such as `module.` or `model.`.
+    A wrapper such as {'model': ...} is taken off, and what a training script put before the keys of
+    a known layout, such as `module.` or `model.`.
 
     Raises:
       UserError: a file that is missing, damaged, carries code, or holds other things than arrays.
@@ -53,18 +56,16 @@ def read_tensors(path) -> dict[str, Stored]:
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     stored = _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
-    prefix = _shared_prefix(stored)
+    prefix = _prefix(stored)
     return {key.removeprefix(prefix): value for key, value in stored.items()}
 
 
-def _shared_prefix(keys: Collection[str]) -> str:
-    """What stands before a key of `_SIGNS` and before all others, "" where nothing does."""
-    for sign in _SIGNS:
-        for key in keys:
-            prefix = key.removesuffix(sign)
-            if key.endswith(f".{sign}") and all(other.startswith(prefix) for other in keys):
-                return prefix
-    return ""
+def _prefix(keys: Collection[str]) -> str:
+    """What stands before a key of `_SIGNS`, "" where nothing does."""
+    if any(sign in keys for sign in _SIGNS):
+        return ""
+    prefixes = (k.removesuffix(sign) for sign in _SIGNS for k in keys if k.endswith(f".{sign}"))
+    return next(prefixes, "")
 
 
 def foreign(path, source: Mapping[str, Stored], expected: str) -> UserError:
@@ -118,26 +119,50 @@ def _pytorch(path: Path) -> dict[str, Stored]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd files, which the errors below name
             with local_copy(path) as local:
+                _check_sums(path, local)
                 content = torch.load(local, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise _refuse(path, str(error)) from error
+    except UserError:
+        raise
+    except Exception as error:  # damage shows as any of Python's errors
+        raise _refuse(path, str(error) or type(error).__name__) from error
     if isinstance(content, dict):
         inner = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
         content = content[inner[0]] if inner else content
-    odd = (
-        [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
-        if isinstance(content, dict)
-        else [type(content).__name__]
-    )
+    if not isinstance(content, dict):
+        odd = [type(content).__name__]
+    else:
+        odd = [k for k, v in content.items() if not (isinstance(k, str) and _is_array(v))]
     if odd:
         raise UserError(
             f"{path}: holds {', '.join(map(str, odd[:8]))} beside or instead of arrays; expected a "
-            "state dict, name → tensor: save that alone."
+            "state dict, name → dense tensor of plain numbers: save that alone."
         )
     return {
         key: Stored(tuple(value.shape), functools.partial(_to_numpy, value))
         for key, value in content.items()
     }
+
+
+def _check_sums(path: Path, local) -> None:
+    """Holds what PyTorch's zip files contain against their checksums, which PyTorch does not."""
+    if not zipfile.is_zipfile(local):
+        return
+    with zipfile.ZipFile(local) as file:
+        if damaged := file.testzip():
+            raise UserError(
+                f"{path}: damaged: {damaged} is not what its checksum says; fetch the file again."
+            )
+
+
+def _is_array(value) -> bool:
+    import torch
+
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"  # and not a shape without values
+        and not (value.is_complex() or value.is_quantized or "float8" in str(value.dtype))
+    )
 
 
 def _refuse(path: Path, error: str) -> UserError:
@@ -164,7 +189,7 @@ def import_torch(path):
     """PyTorch, which only the converters need, and only for its own files.
 
     Raises:
-      UserError: it is not installed.
+      UserError: it is not installed, or too old to be safe.
     """
     try:
         import torch
@@ -173,6 +198,11 @@ def import_torch(path):
             f"{path}: a PyTorch file needs PyTorch: pip install -r requirements/convert.txt, or "
             "use the Hugging Face model.safetensors, which needs none."
         ) from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
+        raise UserError(
+            f"{path}: PyTorch {torch.__version__} may run code that a file carries; expected "
+            f"{'.'.join(map(str, _SAFE_TORCH))} or newer: pip install -r requirements/convert.txt."
+        )
     return torch
 
 

@@ -51,6 +51,14 @@ def read_weights(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
       UserError: no such file, a damaged one, or one that is not this project's.
     """
     path = as_path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file.")
+    if path.is_dir() or path.suffix != ".safetensors":
+        raise UserError(
+            f"{path}: a {'folder' if path.is_dir() else 'file of another kind'}, expected a "
+            ".safetensors of this project; bring it in by python -m convert.sam or python -m "
+            "convert.classifier."
+        )
     try:
         with local_copy(path) as local, safe_open(local, framework="np") as file:
             metadata = file.metadata() or {}
@@ -63,8 +71,8 @@ def read_weights(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path}: cannot be read as .safetensors ({error}); it is missing, truncated or of "
-            "another kind: fetch or convert it again."
+            f"{path}: cannot be read as .safetensors ({error}); it is truncated or of another "
+            "kind: fetch or convert it again."
         ) from error
 
 
@@ -99,7 +107,10 @@ def write_weights(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str,
         raise UserError(f"{path}: kind {metadata.get('kind')!r}; expected one of {KINDS}.")
     odd = sorted({str(a.dtype) for a in arrays.values()} - set(DTYPES))
     if odd:
-        raise UserError(f"{path}: arrays of type {', '.join(odd)}; expected {', '.join(DTYPES)}.")
+        raise UserError(
+            f"{path}: arrays of type {', '.join(odd)}; expected {', '.join(DTYPES)}, "
+            "as --dtype of the converters makes them."
+        )
     save_arrays(path, arrays, {**metadata, **FORMAT})
 
 

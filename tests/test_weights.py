@@ -43,8 +43,13 @@ def test_arrays_and_metadata_come_back(tmp_path):
 
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
-    with pytest.raises(UserError, match="missing, truncated"):
+    with pytest.raises(UserError, match=r"w\.safetensors: no such file"):
         read_weights(path)
+    for name, kind in (("sam_vit_b_01ec64.pth", "file of another kind"), ("hf", "folder")):
+        other = tmp_path / name
+        other.mkdir() if kind == "folder" else other.touch()
+        with pytest.raises(UserError, match=rf"{name}: a {kind}, .*python -m convert\.sam"):
+            read_weights(other)
     write_weights(path, {"a": np.zeros(9, np.float32)}, METADATA)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"w\.safetensors: cannot be read"):

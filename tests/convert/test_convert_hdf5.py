@@ -1,5 +1,7 @@
 """Slice store → the authors' HDF5 files → slice store: the model sees the same bits."""
 
+import dataclasses
+
 import h5py
 import nibabel as nib
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from convert.hdf5 import convert
 from sammix_jax.data import paper
+from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.errors import UserError
 from sammix_jax.prepare import prepare
@@ -50,6 +53,17 @@ def test_there_and_back(store, config, tmp_path):
             labels.add(store.image_label(s))
             lost += store.image_label(s) == 1 and not store.mask(s).any()
     assert labels == {0, 1} and lost
+
+
+def test_scans_annotated_in_part_are_left_out(store, tmp_path):
+    """The form cannot say that nobody knows: another reader would take the rest for empty."""
+    record = store.records["volume-2"]
+    store.records["volume-2"] = dataclasses.replace(record, unannotated=(1,))
+    manifest = read_json(store.root / "manifest.json")
+    manifest["scans"] = [r.to_json() for r in store.records.values()]
+    write_json(store.root / "manifest.json", manifest)
+    assert convert(store.root, tmp_path / "h5") == (1, 2)
+    assert [p.name for p in (tmp_path / "h5").iterdir()] == ["volume-10.h5"]
 
 
 def test_the_files_have_the_authors_form(store, tmp_path):

@@ -84,6 +84,44 @@ def test_truncated(refused, tmp_path, share, new):
     refused(whole[: int(share * len(whole))], "truncated or no PyTorch file")
 
 
+def test_a_flipped_bit_is_found(refused, tmp_path):
+    """PyTorch would read it as another number."""
+    torch.save(state(), tmp_path / "given.pth")
+    whole = bytearray((tmp_path / "given.pth").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    refused(bytes(whole), r"damaged: .*/data/\d+ is not what its checksum says")
+
+
+def test_whatever_is_no_checkpoint(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "given.pth"
+    for size in rng.integers(1, 60, 150):
+        # Of bytes that a pickle has a meaning for, more than of others.
+        path.write_bytes(bytes(rng.choice(list(b"(.0123NRabcdegjlopqrstu}])\x80\x85"), size)))
+        with pytest.raises(UserError, match=r"given\.pth: "):
+            sam.convert(path, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {7: torch.zeros(2)},
+        {"a": torch.zeros(2).to_sparse()},
+        {"a": torch.zeros(2, dtype=torch.float8_e4m3fn)},
+        {"a": torch.zeros(2, device="meta")},
+        {"a": torch.zeros(2, dtype=torch.complex64)},
+    ],
+    ids=["key", "sparse", "float8", "meta", "complex"],
+)
+def test_arrays_of_another_kind(refused, odd):
+    refused(odd, r"holds [7a] beside or instead of arrays; .* dense tensor of plain numbers")
+
+
+def test_a_pytorch_that_is_not_safe(refused, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    refused(state(), r"PyTorch 2\.9\.1\+cpu may run code .*expected 2\.10 or newer")
+
+
 def test_truncated_safetensors(tmp_path):
     torch.save(state(), tmp_path / "sam.pth")
     path = tmp_path / "sam.safetensors"
@@ -178,4 +216,17 @@ def test_an_own_file_that_lies_about_its_model(tmp_path):
     metadata = {"kind": "sam", "model": "vit_b", "source": "", "sha256": ""}
     write_weights(tmp_path / "sam.safetensors", arrays, metadata)
     with pytest.raises(UserError, match="says that it is vit_b, but its arrays are not"):
+        sam.convert(tmp_path / "sam.safetensors", tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [({}, "says that it is None"), ({"model": "mini", "image_size": "big"}, "image_size=big")],
+)
+def test_own_files_that_say_too_little(tmp_path, fields, match):
+    from sammix_jax.weights import write_weights
+
+    arrays = {path: np.zeros(shape, np.float32) for path, shape in sam_shapes("mini").items()}
+    write_weights(tmp_path / "sam.safetensors", arrays, {"kind": "sam", **fields})
+    with pytest.raises(UserError, match=match):
         sam.convert(tmp_path / "sam.safetensors", tmp_path / "out.pth")

@@ -1,14 +1,16 @@
 """The tables are bijections, for every model; what is left over is named. No torch needed."""
 
+import os
 import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import ROOT, small_config
 from safetensors.numpy import save_file
 
-from convert import classifier, sam
+from convert import classifier, hf_rules, sam
 from convert.classifier_rules import CLASSIFIERS, RESNET38D, TORCHVISION, classifier_shapes
 from convert.hf_rules import HUGGING_FACE
 from convert.rules import CONV, Rule, recognise
@@ -17,7 +19,7 @@ from convert.sources import Stored, caster
 from sammix_jax.config import claim_workdir
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam.variants import VARIANTS
-from sammix_jax.weights import read_weights
+from sammix_jax.weights import load_predictor, read_weights
 
 KEEP = caster("", None)
 
@@ -167,12 +169,55 @@ def test_what_all_keys_begin_with_is_taken_off(tmp_path, table, prefix):
     assert_equal(read_weights(tmp_path / "sam.safetensors")[0], ours)
 
 
-def test_what_some_keys_begin_with_stays(tmp_path):
+def test_a_key_without_the_others_beginning_is_named(tmp_path):
     theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini")))
     mixed = {f"sam.{key}": array for key, array in theirs.items()} | {"head.bias": np.zeros(2)}
     save_file(mixed, tmp_path / "given.safetensors")
-    with pytest.raises(UserError, match=r"an unknown model of .* arrays"):
+    with pytest.raises(UserError, match=r"Closest is mini: 1 unexpected \(head\.bias\)"):
         sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+
+
+def test_the_file_may_not_tell_its_images(tmp_path):
+    """As MedSAM's, which has SAM's layout and images of another scale."""
+    save_file(
+        HUGGING_FACE.to_theirs(random_arrays(sam_shapes("mini"))), tmp_path / "medsam.safetensors"
+    )
+    out = tmp_path / "out.safetensors"
+    sam.convert(tmp_path / "medsam.safetensors", out, normalise="minmax")
+    assert read_weights(out)[1]["normalise"] == "minmax"
+    with pytest.raises(UserError, match="learned from images normalised by 'minmax'"):
+        load_predictor(out)
+    with pytest.raises(UserError, match=r"says normalise=minmax, and --normalise=sam"):
+        sam.convert(out, tmp_path / "again.safetensors", normalise="sam")
+
+
+def test_a_folder_that_cannot_be_finished_is_left_empty(tmp_path, monkeypatch):
+    save_file(
+        HUGGING_FACE.to_theirs(random_arrays(sam_shapes("mini"))), tmp_path / "sam.safetensors"
+    )
+    save = hf_rules.save_arrays
+
+    def full(path, *_):
+        raise UserError(f"{path}: could not be written (full)")
+
+    monkeypatch.setattr(hf_rules, "save_arrays", full)
+    with pytest.raises(UserError, match="full"):
+        sam.convert(tmp_path / "sam.safetensors", tmp_path / "hf")
+    assert list((tmp_path / "hf").iterdir()) == []
+    monkeypatch.setattr(hf_rules, "save_arrays", save)
+    sam.convert(tmp_path / "sam.safetensors", tmp_path / "hf")
+    assert len(list((tmp_path / "hf").iterdir())) == 3
+
+
+def test_a_converter_leaves_the_accelerator_alone(tmp_path):
+    """Another job may hold it; here there is none of that name."""
+    save_file(HUGGING_FACE.to_theirs(random_arrays(sam_shapes("mini"))), tmp_path / "a.safetensors")
+    command = [sys.executable, "-m", "convert.sam"]
+    command += [f"--input={tmp_path / 'a.safetensors'}", f"--output={tmp_path / 'b.safetensors'}"]
+    environment = os.environ | {"JAX_PLATFORMS": "none_such"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'b.safetensors'}: mini\n"
 
 
 def test_a_run_whose_decoder_is_no_sams_is_refused(tmp_path):

@@ -183,10 +183,17 @@ def test_large_logits_stay_finite(fold):
     assert np.isfinite(out).all()
 
 
-def test_bfloat16_keeps_softmax_in_float32():
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "added"])
+def test_bfloat16_keeps_softmax_in_float32(fold):
     inputs = attention_inputs()
     rounded = [x.astype(jnp.bfloat16) for x in inputs]
-    out = attend(*rounded)
+    softmax = [
+        eqn.outvars[0].aval.dtype
+        for eqn in equations(jax.make_jaxpr(functools.partial(attend, fold=fold))(*rounded).jaxpr)
+        if eqn.primitive.name in ("exp", "reduce_max", "reduce_sum", "div")
+    ]
+    assert len(softmax) >= 4 and set(softmax) == {jnp.dtype(jnp.float32)}
+    out = attend(*rounded, fold=fold)
     assert out.dtype == jnp.bfloat16
     expected = attend(*(x.astype(jnp.float32) for x in rounded))
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.05)
