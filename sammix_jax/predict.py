@@ -45,8 +45,9 @@ def predict(config, workdir, source, target) -> list[Prediction]:
       One prediction a scan. Beside each mask lies an overlay, `NAME_overlay.png`.
 
     Raises:
-      UserError: nothing to predict, or a target that would overwrite a scan; a system that needs
-        the truth to be prompted; bad scans, once all others are predicted.
+      UserError: nothing to predict, or a target that would overwrite a scan or a mask that was not
+        predicted; a system that needs the truth to be prompted; bad scans, once all others are
+        predicted.
     """
     pairs = _pairs(as_path(source), as_path(target))
     for folder in {mask.parent for _, mask in pairs}:
@@ -95,12 +96,17 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Prediction:
-    write_mask(mask_path, mask, volume)
-    overlay = mask_path.with_name(f"{stem(mask_path)}_overlay.png")
+    # First, for `_pairs` knows a mask of this program by it.
+    overlay = _overlay(mask_path)
     figures.save(figures.overlay(volume, mask, config.input.window), overlay)
+    write_mask(mask_path, mask, volume)
     known = volume.has_spacing
     organ_ml = float(np.count_nonzero(mask) * volume.voxel_ml) if known else None
     return Prediction(mask_path, overlay, organ_ml)
+
+
+def _overlay(mask_path: Path) -> Path:
+    return mask_path.with_name(f"{stem(mask_path)}_overlay.png")
 
 
 def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
@@ -132,4 +138,9 @@ def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     for scan, mask in pairs:
         if resolved(mask) == resolved(scan):
             raise UserError(f"--output={mask}: that is the scan itself; give another place.")
+        if mask.exists() and not _overlay(mask).exists():  # a folder of references, most likely
+            raise UserError(
+                f"--output={mask}: is there already, and {_overlay(mask).name}, which lies beside "
+                "every mask of this program, is not; give another place, or move the file away."
+            )
     return pairs

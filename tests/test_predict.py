@@ -122,6 +122,20 @@ def test_a_place_that_cannot_be_written_is_told_first(tmp_path, config, scan):
         predict(config, tmp_path, tmp_path / "scan.nii.gz", tmp_path / "file" / "masks" / "m.nii")
 
 
+def test_only_masks_of_this_program_are_replaced(tmp_path, workdir, config, scan):
+    """In nnU-Net's folders references have the names of their scans."""
+    images, labels = tmp_path / "imagesTs", tmp_path / "labelsTs"
+    for folder in (images, labels):
+        folder.mkdir()
+        nib.save(scan, folder / "liver_1.nii.gz")
+    reference = (labels / "liver_1.nii.gz").read_bytes()
+    with pytest.raises(UserError, match=r"liver_1\.nii\.gz: is there already, and liver_1_overlay"):
+        predict(config, workdir, images, labels)
+    assert (labels / "liver_1.nii.gz").read_bytes() == reference
+    first, again = (predict(config, workdir, images, tmp_path / "out")[0].mask for _ in range(2))
+    assert first == again and again.exists()
+
+
 def test_the_checkpoint_knows_how_its_input_was_made(tmp_path, workdir, config, scan):
     """Also where config.json was changed or lost: weights and window belong together."""
     path, mask = tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz"
