@@ -12,6 +12,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+INSTALL := -m pip install --quiet -c requirements/tested.txt
 
 # Two cores serve two test files; a file stays with one process, and so do its fixtures.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -61,21 +62,21 @@ clean:
 	rm -rf $(VENV) $(VENV)-tpu .jax_cache .pytest_cache .ruff_cache
 
 # A stamp newer than the requirements says that they are installed.
-$(VENV)/core: requirements.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+$(VENV)/core: requirements.txt requirements/tested.txt | $(VENV)/bin/python
+	$(BIN)/python $(INSTALL) -r requirements.txt
 	touch $@
 
-$(VENV)/dev: requirements.txt requirements/dev.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
+$(VENV)/dev: requirements.txt requirements/dev.txt requirements/tested.txt | $(VENV)/bin/python
+	$(BIN)/python $(INSTALL) -r requirements/dev.txt
 	touch $@
 
-$(VENV)/convert: requirements.txt requirements/dev.txt requirements/convert.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -r requirements/convert.txt
+$(VENV)/convert: requirements.txt requirements/dev.txt requirements/convert.txt requirements/tested.txt | $(VENV)/bin/python
+	$(BIN)/python $(INSTALL) -r requirements/convert.txt
 	touch $@
 
 # An environment of its own: beside libtpu, JAX would look for a TPU in every program.
-$(VENV)-tpu/tpu: requirements.txt requirements/dev.txt requirements/tpu.txt requirements/cloud.txt | $(VENV)-tpu/bin/python
-	$(VENV)-tpu/bin/python -m pip install --quiet -r requirements/dev.txt -r requirements/tpu.txt
+$(VENV)-tpu/tpu: requirements.txt requirements/dev.txt requirements/tpu.txt requirements/cloud.txt requirements/tested.txt | $(VENV)-tpu/bin/python
+	$(VENV)-tpu/bin/python $(INSTALL) -r requirements/dev.txt -r requirements/tpu.txt
 	touch $@
 
 %/bin/python:

@@ -211,7 +211,6 @@ def check_workdir(config, workdir) -> None:
     path = as_path(workdir) / "config.json"
     if not path.exists():
         return
-    # A field that came since has its default, which is what the workdir was made with.
     saved, given = (json.loads(c.to_json()) for c in (load_config(workdir), config))
     if differing := differing_fields(pinned(saved), pinned(given)):
         raise UserError(
@@ -249,6 +248,15 @@ def load_config(workdir) -> ml_collections.ConfigDict:
     path = as_path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; --workdir must be the folder of a training run.")
+    return read_config(path)
+
+
+def read_config(path) -> ml_collections.ConfigDict:
+    """The config in a JSON file; a field that came since has its default, as the run had.
+
+    Raises:
+      UserError: the file cannot be read, or has a field that is not known.
+    """
     config = default_config()
     _update(config, read_json(path), path)
     return config

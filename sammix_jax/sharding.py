@@ -37,7 +37,9 @@ def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
       UserError: `fsdp` does not divide the number of devices, or they are of several TPU slices.
     """
     devices = jax.devices() if devices is None else devices
-    count, slices = len(devices), {getattr(device, "slice_index", 0) for device in devices}
+    count = len(devices)
+    # A GPU has such an index too: of its machine, and several of those are fine.
+    slices = {device.slice_index for device in devices if device.platform == "tpu"}
     if len(slices) > 1:
         raise UserError(
             f"the {count} devices are of {len(slices)} TPU slices, expected one: several are not "

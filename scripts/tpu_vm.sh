@@ -110,7 +110,8 @@ tar -xzf sammix.tar.gz -C sammix
 cd sammix
 curl -LsSf https://astral.sh/uv/0.13.9/install.sh | sh
 ~/.local/bin/uv venv --clear --python 3.12 .venv
-~/.local/bin/uv pip install --python .venv/bin/python -r requirements/tpu.txt'
+~/.local/bin/uv pip install --python .venv/bin/python -c requirements/tested.txt \
+  -r requirements/tpu.txt'
 }
 
 train() {

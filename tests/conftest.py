@@ -22,9 +22,11 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from toy import Toy
 
 from configs import quickstart
 from sammix_jax import prepare, train
+from sammix_jax.systems.sam_mix import SamMixSystem
 
 # A real CT, where it is at hand.
 SAMPLE = ROOT.parent / "shared" / "data" / "totalsegmentator_sample"
@@ -101,6 +103,17 @@ def write_scan(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def toy_config(config, monkeypatch):
+    """A config whose model is compiled in a moment."""
+    monkeypatch.setattr(train, "make_system", lambda c: SamMixSystem(Toy(), c))
+    config.data.split = (3, 0, 1)
+    config.train.steps, config.train.augment = 12, False
+    config.checkpoint.every_steps = 4
+    config.log.every_steps = 100
+    return config
 
 
 @pytest.fixture

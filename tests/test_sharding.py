@@ -163,6 +163,21 @@ def test_a_batch_travels_as_it_is_stored():
     assert sizes == {"hu": 6 * 4 * 2, "mask": 2 * 4, "image_label": 6 * 4}
 
 
+def test_several_machines_with_gpus_are_one_mesh(monkeypatch):
+    """Each has a `slice_index` of its own; what `fsdp` divides stays within a machine."""
+    gpus = [
+        types.SimpleNamespace(
+            id=i, process_index=i, slice_index=i // 4, platform="gpu", device_kind="NVIDIA H100"
+        )
+        for i in range(8)
+    ]
+    monkeypatch.setattr("sammix_jax.sharding.Mesh", lambda arranged, *_, **__: arranged)
+    for fsdp in (1, 4):
+        arranged = make_mesh(fsdp, gpus)
+        assert arranged.shape == (8 // fsdp, fsdp)
+        assert all(len({gpu.slice_index for gpu in row}) == 1 for row in arranged)
+
+
 def test_large_leaves_are_divided_along_their_longest_axis():
     mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 4})
     spec = lambda *shape: divided(types.SimpleNamespace(shape=shape), mesh).spec  # noqa: E731
@@ -197,7 +212,7 @@ def test_refusals(config, caplog):
     with pytest.raises(UserError, match=r"mesh\.fsdp=3: does not divide the 1 devices"):
         make_mesh(3)
     with pytest.raises(UserError, match="the 2 devices are of 2 TPU slices, expected one"):
-        make_mesh(1, [types.SimpleNamespace(slice_index=i) for i in (0, 1)])
+        make_mesh(1, [types.SimpleNamespace(slice_index=i, platform="tpu") for i in (0, 1)])
     config.train.batch_labelled, config.train.batch_unlabelled = 4, 2
     config.train.accumulate = 4
     with pytest.raises(UserError, match=r"train\.accumulate=4: expected a divisor .*unlabelled=2"):

@@ -86,6 +86,12 @@ def pretrain(config, workdir) -> Path:
         )
         if int(state.step) < steps:
             # ---- Loop: a batch is the images' numbers; the step draws the rest on the device
+            if images % mesh.size:
+                _LOG.warning(
+                    "pretrain.images=%d cannot be divided over %d devices, so each computes all of "
+                    "them; make it a multiple of %d to use them all.",
+                    *(images, mesh.size, mesh.size),
+                )
             numbers = jax.device_put(np.arange(images, dtype=np.int32), along_batch(mesh, images))
             side = config.model.image_size
             examples = held_out_scenes(config.pretrain.held_out, side, VALIDATION)

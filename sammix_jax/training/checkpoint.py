@@ -14,17 +14,17 @@ import logging
 import operator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from sammix_jax import hosts
-from sammix_jax.config import differing_fields, pinned, preprocessing
-from sammix_jax.data.files import read_json, write_json
+from sammix_jax.config import differing_fields, pinned, preprocessing, read_config
+from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import as_path, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.sharding import abstract, replicated
+from sammix_jax.training.soundness import Damaged, checksums, is_passing, other_shapes, sealed
 from sammix_jax.training.step import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -41,10 +41,6 @@ def best_step(workdir) -> int | None:
         if steps:
             return max(steps)
     return None
-
-
-class Damaged(Exception):
-    """A checkpoint that cannot be read, or holds other values than were saved."""
 
 
 class Checkpoints:
@@ -67,11 +63,17 @@ class Checkpoints:
                 options |= {"read_only": True, "create": False, "save_interval_steps": 0}
             else:
                 options |= {"cleanup_tmp_directories": True, "max_to_keep": most}
-            return ocp.CheckpointManager(
-                self._root / name,
-                options=ocp.CheckpointManagerOptions(**options),
-                item_handlers=ocp.StandardCheckpointHandler(),  # which can tell shapes unread
-            )
+            try:
+                return ocp.CheckpointManager(
+                    self._root / name,
+                    options=ocp.CheckpointManagerOptions(**options),
+                    item_handlers=ocp.StandardCheckpointHandler(),  # which can tell shapes unread
+                )
+            except ValueError as error:  # of JSON
+                raise UserError(
+                    f"{self._root / name}: the score of a checkpoint there cannot be read "
+                    f"({error}); move it away, so that the newest is taken instead."
+                ) from error
 
         self._latest = manager("latest", keep)
         score = operator.itemgetter("score")
@@ -113,7 +115,8 @@ class Checkpoints:
           UserError: they are not; names the differing fields.
         """
         if self.latest_step is not None:
-            self._check(pinned(self._read_config()), pinned(json.loads(config.to_json())))
+            kept, given = (pinned(fields) for fields in self._kept_and_given(config))
+            self._check(kept, given, "give the same settings, or another --workdir")
 
     def check_preprocessing(self, config) -> None:
         """Checks that a config feeds the network what it was trained on.
@@ -121,23 +124,23 @@ class Checkpoints:
         Raises:
           UserError: it does not, or nothing is known; names the differing fields.
         """
-        kept, given = self._read_config(), json.loads(config.to_json())
-        self._check(preprocessing(kept), preprocessing(given))
+        kept, given = (preprocessing(fields) for fields in self._kept_and_given(config))
+        self._check(kept, given, "leave these fields out, or give another --workdir")
 
-    def _check(self, kept: dict, given: dict) -> None:
+    def _check(self, kept: dict, given: dict, fix: str) -> None:
         if differing := differing_fields(kept, given):
             raise UserError(
-                f"{self._config}: these weights were trained with {', '.join(differing)}; "
-                "leave these fields out to take the checkpoint's, or give another --workdir."
+                f"{self._config}: these weights were trained with {', '.join(differing)}; {fix}."
             )
 
-    def _read_config(self) -> dict:
+    def _kept_and_given(self, config) -> tuple[dict, dict]:
         if not self._config.exists():
             raise UserError(
                 f"{self._config}: no such file, so it is unknown with which settings these weights "
                 "were trained; copy the whole checkpoints folder."
             )
-        return read_json(self._config)
+        kept, given = (json.loads(c.to_json()) for c in (read_config(self._config), config))
+        return kept, given
 
     @property
     def _config(self) -> epath.Path:
@@ -146,7 +149,7 @@ class Checkpoints:
     def save(self, state: TrainState, step: int) -> None:
         """Returns before the files are written, but not before those of the last save are."""
         if step != self.latest_step:
-            kept = ocp.args.StandardSave(_sealed(_changing(state)))
+            kept = ocp.args.StandardSave(sealed(_changing(state)))
             self._latest.save(step, args=kept, force=True)
 
     def wait(self) -> None:
@@ -157,13 +160,15 @@ class Checkpoints:
     def save_best(self, state: TrainState, step: int, score: float) -> bool:
         """Keeps this state where its score beats every earlier one. Returns whether it did."""
         self._best.wait_until_finished()  # a save under way has no score yet
-        best = self._best.best_step()
+        best, fault = self._best_step()
+        if fault:
+            raise UserError(f"{fault}; delete that folder, the next best state makes another.")
         # A run that was killed after this comes to the same step again.
         if best is not None and (best == step or score <= self._best.metrics(best)["score"]):
             return False
         return self._best.save(
             step,
-            args=ocp.args.StandardSave(_sealed(_inferring(state))),
+            args=ocp.args.StandardSave(sealed(_inferring(state))),
             metrics={"score": score},
             force=True,
         )
@@ -201,7 +206,9 @@ class Checkpoints:
         Raises:
           UserError: the workdir has no sound checkpoint.
         """
-        step = self._best.best_step()
+        step, fault = self._best_step()
+        if fault:
+            _LOG.error("%s; the newest checkpoint is taken instead", fault)
         if step is not None:
             try:
                 restored = self._read(self._best, step, _inferring(like))
@@ -214,27 +221,39 @@ class Checkpoints:
             raise UserError(f"{self._root}: no checkpoint there; train the workdir first.")
         return state
 
+    def _best_step(self) -> tuple[int | None, str]:
+        """The best step, None of none; and what is wrong, where it has no score."""
+        best, steps = self._best.best_step(), self._best.all_steps()
+        if best is None and steps:
+            return None, f"{self._root / 'best' / str(max(steps))}: lacks its score"
+        return best, ""
+
     def _read(self, manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-        fault = None
+        fault, passing = None, False
         try:
             kept = manager.item_metadata(step).tree
-            differing = _other_shapes(kept, like)
+            differing = other_shapes(kept, like)
             if not differing:
-                seal = {"seal": jax.eval_shape(_checksums, like)}
+                seal = {"seal": jax.eval_shape(checksums, like)}
                 seal = abstract(seal, replicated(jax.tree.leaves(like)[0].sharding.mesh))
                 restored = manager.restore(step, args=ocp.args.StandardRestore(like | seal))
         except Exception as error:  # Orbax raises this very class, among others
-            fault = error
+            fault, passing = error, is_passing(error)
         if hosts.any_process(fault is not None):  # a part that only one of them reads
             told = str(fault).splitlines()[0][:200] if fault else "by another process"
+            if hosts.any_process(passing):
+                raise UserError(
+                    f"{manager.directory / str(step)}: cannot be read now ({told}); run again when "
+                    "it can, or with more memory. Nothing was moved or lost."
+                ) from fault
             raise Damaged(f"cannot be read ({told})") from fault
         if differing:
             raise UserError(
-                f"{manager.directory / str(step)}: a checkpoint of another model: "
+                f"{manager.directory / str(step)}: a checkpoint of another model or optimiser: "
                 f"{', '.join(differing[:5])}; give the config it was trained with, or another "
                 "--workdir."
             )
-        if not np.array_equal(restored.pop("seal"), _checksums(restored)):
+        if not np.array_equal(restored.pop("seal"), checksums(restored)):
             raise Damaged("holds other values than were saved")
         return restored
 
@@ -278,33 +297,3 @@ def _inferring(state: TrainState) -> dict:
 def _changing(state: TrainState) -> dict:
     changing = {**_inferring(state), "opt_state": state.opt_state}
     return changing | ({"teacher": state.teacher} if state.teacher else {})
-
-
-def _sealed(tree: dict) -> dict:
-    """With its checksums. The files' own do not cover the arrays: a flipped bit would go unseen."""
-    return tree | {"seal": _checksums(tree)}
-
-
-@jax.jit
-def _checksums(tree) -> jax.Array:
-    """(N,) uint32: the sum of each leaf's bits, which no order and no sharding changes."""
-
-    def checksum(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-        return jnp.sum(bits.astype(jnp.uint32))
-
-    return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def _other_shapes(kept: dict, like: dict) -> list[str]:
-    """The leaves of parameters and statistics in which a checkpoint and a model differ."""
-    shapes = [
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(
-                {part: tree.get(part, {}) for part in ("trainable", "batch_stats", "teacher")}
-            )
-        }
-        for tree in (kept, like)
-    ]
-    return differing_fields(*shapes)

@@ -12,7 +12,7 @@ from sammix_jax import hosts
 from sammix_jax.data.batches import prefetch
 from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.log import TrainLog, read_log
-from sammix_jax.training.monitor import Profile, Timer, memory, refuse_not_finite
+from sammix_jax.training.monitor import Profile, Progress, Timer, memory, refuse_not_finite
 from sammix_jax.training.step import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def run_steps(
         contextlib.closing(prefetch(batch_of, start, steps)) as ahead,
         tqdm(initial=start, total=steps, desc="train", unit="step", disable=quiet) as bar,
     ):
+        progress = Progress(start, steps, seen=not bar.disable)
         if validation and owed:
             validate_at(start, termination.asked_alone)  # of a state that is saved
         for done in range(start + 1, steps + 1):
@@ -126,6 +127,7 @@ def run_steps(
                 values |= timer.report() | memory()
                 log.write(done, {f"train/{name}": value for name, value in values.items()})
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
+                progress.tell(done, values["loss"], values["slices_per_second"])
             # Before validation, which takes long: a run that is stopped in it goes on from here,
             # and validates then. What has its last state saved is whole, and validates no more.
             if saves and done < steps:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from sammix_jax import hosts
 from sammix_jax.errors import UserError
@@ -22,6 +23,7 @@ _NAMED = 5  # culprits that an error spells out
 
 # Parts of the loop that come now and then, and are left out of the slices per second.
 APART = ("validation", "checkpoint")
+TOLD_SECONDS = 30.0  # between lines of a log that nobody sees a progress bar beside
 
 
 def refuse_not_finite(step: int, metrics: dict[str, jax.Array], paths: Sequence[str]) -> None:
@@ -83,6 +85,31 @@ class Timer:
         found["slices_per_second"] = self._slices / elapsed
         self._begin()
         return found
+
+
+class Progress:
+    """Tells in the log how far a run is, where nobody sees a progress bar.
+
+    Args:
+      start, steps: of the run.
+      seen: whether there is a bar.
+    """
+
+    def __init__(self, start: int, steps: int, seen: bool):
+        self._start, self._steps, self._seen = start, steps, seen
+        self._begin = self._told = time.monotonic()
+
+    def tell(self, done: int, loss: float, slices_per_second: float) -> None:
+        """To be called now and then; what comes sooner than `TOLD_SECONDS` is not told."""
+        now = time.monotonic()
+        if self._seen or now - self._told < TOLD_SECONDS:
+            return
+        self._told = now
+        left = (self._steps - done) * (now - self._begin) / (done - self._start)
+        _LOG.info(
+            "step %d of %d: loss %.3f, %.1f slices/s, %s left",
+            *(done, self._steps, loss, slices_per_second, tqdm.format_interval(left)),
+        )
 
 
 def memory() -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""skypilot.yaml against SkyPilot's fields; what its shell tells the program."""
+"""skypilot.yaml against fields that were read in SkyPilot; what its shell tells the program."""
 
 import copy
 import shutil

@@ -1,6 +1,7 @@
 """Checkpoints come back as they were saved, or say what is wrong with them."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from sammix_jax.errors import UserError
 from sammix_jax.sharding import abstract, make_mesh, replicated
 from sammix_jax.training import checkpoint
 from sammix_jax.training.checkpoint import Checkpoints
+from sammix_jax.training.soundness import checksums
 from sammix_jax.training.step import TrainState
 
 
@@ -89,6 +91,55 @@ def test_a_damaged_newest_is_told_and_the_one_before_is_taken(saved, caplog, dam
     jax.tree.map(np.testing.assert_array_equal, restored(saved), state_at(2))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("503 service unavailable"),
+        PermissionError(13, "Permission denied"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_fault_of_a_checkpoint_moves_nothing(saved, monkeypatch, error):
+    """A bucket that does not answer for a moment, or a smaller machine: nobody is to lose steps."""
+
+    def refuse(*_, **__):
+        raise Exception("reading an array") from error
+
+    before = sorted(saved.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "restore", refuse)
+        with pytest.raises(UserError, match=r"latest/2: cannot be read now .*Nothing was moved"):
+            restored(saved)
+    assert sorted(saved.rglob("*")) == before
+    jax.tree.map(np.testing.assert_array_equal, restored(saved), state_at(2))
+
+
+def test_another_optimisers_checkpoint_is_not_damaged(saved):
+    other = state_at(0).replace(opt_state={"m": jnp.zeros((300, 200)), "v": jnp.zeros(3)})
+    with pytest.raises(UserError, match=r"model or optimiser: opt_state/v=None \(now \(3,\)\)"):
+        restored(saved, other)
+    assert (saved / "checkpoints" / "latest" / "2").is_dir()
+
+
+def test_a_best_without_its_score_is_told(saved, caplog):
+    with Checkpoints(saved) as checkpoints:
+        checkpoints.save_best(state_at(1), 1, score=0.5)
+    metrics = saved / "checkpoints" / "best" / "1" / "metrics" / "metrics"
+    metrics.write_text('{"sco')
+    for read_only in (True, False):
+        with pytest.raises(UserError, match=r"checkpoints/best: the score .* cannot be read"):
+            Checkpoints(saved, read_only=read_only)
+    shutil.rmtree(metrics.parent)
+    with Checkpoints(saved) as checkpoints:
+        state = checkpoints.restore_best(like(state_at(0)))
+        with pytest.raises(UserError, match=r"best/1: .*score.*; delete that folder"):
+            checkpoints.save_best(state_at(2), 2, score=0.6)
+    np.testing.assert_array_equal(state.trainable["sam/a"], state_at(2).trainable["sam/a"])
+    assert "best/1: " in caplog.text and "the newest checkpoint is taken instead" in caplog.text
+
+
 def test_where_all_are_damaged_none_is_touched(saved):
     """A run must not begin again from nothing without a word."""
     for step in "12":
@@ -116,7 +167,7 @@ def test_a_damaged_best_is_told_and_the_newest_is_taken(saved, caplog):
 
 def test_another_models_checkpoint_is_refused_by_leaf(saved):
     """It is sound, so it is neither called damaged nor set aside."""
-    with pytest.raises(UserError, match=r"another model: trainable/sam/a=\(300, 200\) \(now \(301"):
+    with pytest.raises(UserError, match=r"model or optimiser: trainable/sam/a=\(300, 200\) \(now \(301"):
         restored(saved, state_at(0, width=301))
     assert (saved / "checkpoints" / "latest" / "2").is_dir()
 
@@ -126,6 +177,11 @@ def test_another_configs_checkpoint_is_refused_by_field(saved, config):
     with Checkpoints(saved) as checkpoints:
         checkpoints.save_config(config)
         config.checkpoint.every_steps, config.mesh.fsdp = 7, 4
+        checkpoints.check_config(config)
+        path = saved / "checkpoints" / "config.json"
+        fields = json.loads(path.read_text())
+        del fields["data"]["default_orientation"]  # of before that field came
+        path.write_text(json.dumps(fields))
         checkpoints.check_config(config)
         config.train.learning_rate, config.cam.threshold = 0.5, 0.4
         with pytest.raises(
@@ -206,7 +262,7 @@ def test_a_run_that_begins_anew_leaves_no_frozen_parameters_of_another_start(tmp
 
 def test_checksums_see_every_bit_and_no_order():
     values = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
-    of = lambda array: int(checkpoint._checksums({"a": jnp.asarray(array)})[0])  # noqa: E731
+    of = lambda array: int(checksums({"a": jnp.asarray(array)})[0])  # noqa: E731
     assert of(values) == of(values[::-1].copy())
     for bit in range(32):
         other = values.copy()

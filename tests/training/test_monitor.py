@@ -11,7 +11,7 @@ from sammix_jax import train as train_module
 from sammix_jax.errors import UserError
 from sammix_jax.prepare import prepare
 from sammix_jax.train import train
-from sammix_jax.training import log
+from sammix_jax.training import log, monitor
 from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.log import read_log
 from sammix_jax.training.loop import save_interval
@@ -96,6 +96,32 @@ def test_a_timer_leaves_out_what_comes_now_and_then():
     # Ten slices in the 0.05 s and what the machine took besides, but not in the 0.3 s.
     assert 10 / (found["seconds/step"] + 0.3) < found["slices_per_second"] <= 200
     assert timer.report()["slices_per_second"] == 0
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_run_without_a_terminal_tells_how_far_it_is(monkeypatch, caplog, seen):
+    """In the logs of a cluster a slow run and one that hangs would look alike."""
+    caplog.set_level("INFO")
+    now = iter([0.0, 10.0, 40.0, 50.0, 75.0])
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: next(now))
+    progress = monitor.Progress(100, 500, seen)
+    for done in (110, 140, 150, 200):
+        progress.tell(done, 0.5, 16.0)
+    told = [] if seen else [
+        "step 140 of 500: loss 0.500, 16.0 slices/s, 06:00 left",
+        "step 200 of 500: loss 0.500, 16.0 slices/s, 03:45 left",
+    ]  # fmt: skip
+    assert caplog.messages == told
+
+
+def test_a_run_without_a_terminal_is_told_of(toy_config, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(monitor, "TOLD_SECONDS", 0.0)
+    toy_config.log.every_steps = 5
+    train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+    assert [m[:14] for m in caplog.messages if ": loss" in m] == [
+        "step 5 of 12: ", "step 10 of 12:", "step 12 of 12:",
+    ]  # fmt: skip
 
 
 def test_the_mesh_is_the_configs(toy_config, tmp_path, monkeypatch):
