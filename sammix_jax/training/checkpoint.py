@@ -75,9 +75,10 @@ class Checkpoints:
                     f"({error}); move it away, so that the newest is taken instead."
                 ) from error
 
-        self._latest = manager("latest", keep)
+        # First the one that may be refused, before the other has anything open.
         score = operator.itemgetter("score")
         self._best = manager("best", 1, best_fn=score, best_mode="max")
+        self._latest = manager("latest", keep)
 
     def __enter__(self):
         return self

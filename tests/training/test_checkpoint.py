@@ -167,7 +167,9 @@ def test_a_damaged_best_is_told_and_the_newest_is_taken(saved, caplog):
 
 def test_another_models_checkpoint_is_refused_by_leaf(saved):
     """It is sound, so it is neither called damaged nor set aside."""
-    with pytest.raises(UserError, match=r"model or optimiser: trainable/sam/a=\(300, 200\) \(now \(301"):
+    with pytest.raises(
+        UserError, match=r"model or optimiser: trainable/sam/a=\(300, 200\) \(now \(301"
+    ):
         restored(saved, state_at(0, width=301))
     assert (saved / "checkpoints" / "latest" / "2").is_dir()
 
