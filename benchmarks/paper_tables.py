@@ -6,6 +6,7 @@ import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks import paper_record
@@ -95,7 +96,7 @@ def markdown(
 
 def plot_labels(found: dict[Key, Cell], domains: tuple[str, str], path: pathlib.Path) -> None:
     """Dice over the number of labels under each system's headline; bars are one std of seeds."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     counts = sorted({key[1] for key in found} - {0})  # what learns from no slice is left out
     systems = [s for s in dict.fromkeys(key[0] for key in found) if s != "sam_pp_0"]
     for axis, domain in zip(figure.subplots(1, len(domains), sharey=True), domains, strict=True):
@@ -111,6 +112,7 @@ def plot_labels(found: dict[Key, Cell], domains: tuple[str, str], path: pathlib.
                 yerr=[cell.std for cell in known.values()],
                 marker="o",
                 capsize=3,
+                color=_colour(system),
                 linestyle="--" if headline(system) in ORACLES else "-",
                 label=NAMES[system] + (", oracle" if headline(system) in ORACLES else ""),
             )
@@ -119,7 +121,8 @@ def plot_labels(found: dict[Key, Cell], domains: tuple[str, str], path: pathlib.
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("Dice per volume")
-    figure.axes[-1].legend(fontsize=8)
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
     figures.save(figure, path)
 
 
@@ -133,11 +136,10 @@ def plot_steps(
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    # In the table's order, so that both figures give a system the same colour.
-    for i, system in enumerate(sorted(curves, key=list(NAMES).index)):
+    for system in sorted(curves, key=list(NAMES).index):
         for j, curve in enumerate(curves[system]):
             label = NAMES[system] if j == 0 else None
-            axis.plot(*zip(*curve, strict=True), color=f"C{i}", marker=".", label=label)
+            axis.plot(*zip(*curve, strict=True), color=_colour(system), marker=".", label=label)
     axis.set(xlabel="steps", ylabel="Dice, validation patients")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -152,6 +154,11 @@ def best_baseline(found: dict[Key, Cell], domain: str, count: int) -> str | None
         if key[1:] == (count, domain, "none", "dice") and headline(key[0]) == "none"
     }
     return max(known, key=known.get) if known else None
+
+
+def _colour(system: str) -> tuple[float, ...]:
+    """The same in every figure, whichever systems it shows."""
+    return matplotlib.colormaps["tab20"](list(NAMES).index(system))
 
 
 def _marked(protocol: str) -> str:

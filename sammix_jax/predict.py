@@ -50,8 +50,7 @@ def predict(config, workdir, source, target) -> list[Prediction]:
         predicted.
     """
     pairs = _pairs(as_path(source), as_path(target))
-    for folder in {mask.parent for _, mask in pairs}:
-        _make_folder(folder)
+    hosts.on_first(lambda: _check_places([mask for _, mask in pairs]))
     system, variables, _ = load_model(config, workdir)
     if system.headline in ORACLES:
         raise UserError(
@@ -83,20 +82,27 @@ def predict(config, workdir, source, target) -> list[Prediction]:
     return predictions
 
 
-def _make_folder(folder: Path) -> None:
+def _check_places(masks: list[Path]) -> None:
     """Before anything is computed: a mask that cannot be written is hours lost."""
-    if is_remote(folder):
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: {folder} cannot be made ({error}); give another.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output: {folder} cannot be written to; give another folder.")
+    for mask in masks:
+        if mask.exists() and not _overlay(mask).exists():  # one of the references, most likely
+            raise UserError(
+                f"--output={mask}: is there already, and {_overlay(mask).name}, which lies beside "
+                "every mask of this program, is not; give another place, or move the file away."
+            )
+    for folder in {mask.parent for mask in masks if not is_remote(mask)}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--output: {folder} cannot be made ({error}); give another."
+            ) from error
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--output: {folder} cannot be written to; give another folder.")
 
 
 def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Prediction:
-    # First, for `_pairs` knows a mask of this program by it.
+    # First, for `_check_places` knows a mask of this program by it.
     overlay = _overlay(mask_path)
     figures.save(figures.overlay(volume, mask, config.input.window), overlay)
     write_mask(mask_path, mask, volume)
@@ -138,9 +144,4 @@ def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     for scan, mask in pairs:
         if resolved(mask) == resolved(scan):
             raise UserError(f"--output={mask}: that is the scan itself; give another place.")
-        if mask.exists() and not _overlay(mask).exists():  # a folder of references, most likely
-            raise UserError(
-                f"--output={mask}: is there already, and {_overlay(mask).name}, which lies beside "
-                "every mask of this program, is not; give another place, or move the file away."
-            )
     return pairs
