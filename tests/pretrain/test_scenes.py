@@ -36,7 +36,8 @@ def test_shapes_and_ranges(drawn):
 def test_a_scene_follows_from_its_key_wherever_it_lies_in_the_batch(keys, drawn):
     order = np.random.default_rng(0).permutation(len(keys))
     again = _draw(keys[order], SIZE)
-    np.testing.assert_array_equal(again.images, drawn.images[order])
+    # On some CPUs to the last bit; on others that one differs in a few values, by their place.
+    np.testing.assert_allclose(again.images, drawn.images[order], rtol=0, atol=2**-23)
     np.testing.assert_array_equal(again.masks, drawn.masks[order])
 
 
