@@ -39,7 +39,7 @@ def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     # A GPU has such an index too: of its machine, and several of those are fine.
-    slices = {device.slice_index for device in devices if device.platform == "tpu"}
+    slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}
     if len(slices) > 1:
         raise UserError(
             f"the {count} devices are of {len(slices)} TPU slices, expected one: several are not "
