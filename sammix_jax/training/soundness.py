@@ -11,9 +11,8 @@ from sammix_jax.config import differing_fields
 # To which a model gives shapes; its optimiser follows them.
 MODEL = ("trainable", "batch_stats", "teacher")
 
-# What says nothing of a checkpoint: too little memory, or a store that does not answer or may not
-# be read. The codes are those of TensorStore and of XLA.
-_PASSING = (MemoryError, ConnectionError, TimeoutError, PermissionError)
+# Codes of TensorStore and XLA that say nothing of a checkpoint: too little memory, or a store that
+# does not answer or may not be read.
 _PASSING_CODES = re.compile(
     "RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED"
 )
@@ -43,7 +42,7 @@ def checksums(tree) -> jax.Array:
 def is_passing(error: BaseException | None) -> bool:
     """Whether the error, or what it came from, is no fault of the checkpoint."""
     while error is not None:
-        if isinstance(error, _PASSING) or _PASSING_CODES.search(str(error)):
+        if isinstance(error, MemoryError) or _PASSING_CODES.search(str(error)):
             return True
         if isinstance(error, OSError) and not isinstance(error, _ABSENT):
             return True
