@@ -8,10 +8,12 @@ after a full disk.
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import logging
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 from tqdm import tqdm
@@ -58,10 +60,12 @@ def prepare(config, workdir) -> SliceStore:
         # As JSON gives it back.
         "slice_range": [float(end) for end in data.slice_range],
     }
-    _refuse_another_store(store, params, scans)
+    # Asked for where it is needed, and once: in a bucket each takes two requests.
+    fingerprint_of = functools.cache(functools.partial(_fingerprint, params=params))
+    _refuse_another_store(store, params, scans, fingerprint_of)
 
     begin = time.monotonic()
-    finished = {scan.name: _finished(scan, store, params) for scan in scans}
+    finished = {scan.name: _finished(scan, store, fingerprint_of) for scan in scans}
     missing = [scan for scan in scans if finished[scan.name] is None]
     if missing:
         # Until all is done again, nobody takes the store for whole.
@@ -179,13 +183,13 @@ def _record_or_fault(scan, store: Path, params: dict) -> tuple[ScanRecord | None
         return None, str(error)
 
 
-def _finished(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord | None:
+def _finished(scan: datasets.Scan, store: Path, fingerprint_of: Callable) -> ScanRecord | None:
     """The record of a scan that is whole in the store and unchanged since."""
     path = store / "scans" / scan.name / SCAN
     if not path.exists():
         return None
     fields = read_json(path)
-    if fields["fingerprint"] != _fingerprint(scan, params):
+    if fields["fingerprint"] != fingerprint_of(scan):
         return None
     # The data may have been moved as a whole since.
     record = ScanRecord.from_json(fields)
@@ -239,7 +243,9 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
     return record
 
 
-def _refuse_another_store(store: Path, params: dict, scans: list[datasets.Scan]) -> None:
+def _refuse_another_store(
+    store: Path, params: dict, scans: list[datasets.Scan], fingerprint_of: Callable
+) -> None:
     """A whole store of other settings or other scans serves another run; it is not replaced."""
     if not (store / MANIFEST).exists():
         return
@@ -258,15 +264,14 @@ def _refuse_another_store(store: Path, params: dict, scans: list[datasets.Scan])
             f"{fix}"
         )
     for scan in scans:
-        if scan.name in found.records:
-            _refuse_another_scan(scan, found.records[scan.name], params, f"{store}: {fix}")
+        record = found.records.get(scan.name)
+        if record and record.fingerprint != fingerprint_of(scan):
+            _refuse_another_scan(scan, record, f"{store}: {fix}")
 
 
-def _refuse_another_scan(scan: datasets.Scan, record: ScanRecord, params: dict, fix: str) -> None:
+def _refuse_another_scan(scan: datasets.Scan, record: ScanRecord, fix: str) -> None:
     """A file that was replaced in its place is prepared anew; another scan of that name is not, nor
     the same one for other labels: the store's other users do not know of it."""
-    if record.fingerprint == _fingerprint(scan, params):
-        return
     wanted = {"label values": scan.label_values, "value to ignore": scan.ignore_value}
     made = {"label values": record.label_values, "value to ignore": record.ignore_value}
     if scan.label and record.label and (differing := differing_fields(made, wanted)):
