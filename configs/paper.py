@@ -16,8 +16,8 @@ Budget    SAM-Mix a tenth of the steps of the baselines, as in the paper; --shar
 Expected  docs/results.md, as far as it is measured
 
 benchmarks/paper_tuning.py chooses learning rate and augmentation on validation patients (docs/
-results.md has what it found): so far of U-Net and SAM-Mix; SAMed's LoRA form has the rate of
-SAM-Mix's, the others have their configs' own.
+results.md has what it found): so far of U-Net, MultiMix and SAM-Mix; SAMed's LoRA form has the
+rate of SAM-Mix's, the others have their configs' own.
 """
 
 from configs import quickstart
@@ -61,7 +61,7 @@ SYSTEMS = {
     "unet": (unet.get_config, BASELINE | {"train.learning_rate": 3e-3}),
     "nnunet": (nnunet.get_config, BASELINE),
     "transunet": (transunet.get_config, BASELINE),
-    "multimix": (multimix.get_config, BASELINE),
+    "multimix": (multimix.get_config, BASELINE | {"train.learning_rate": 1e-2}),
     "sam_pp_0": (sam_pp.get_config, PRETRAINED | {"train.epochs": 0.0, "train.steps": 0}),
     "sam_pp": (sam_pp.get_config, PRETRAINED | TRAINED["sam_pp"] | BASELINE),
     "samed_lora": (samed.get_config, PRETRAINED | TRAINED["samed_lora"] | BASELINE),
