@@ -254,7 +254,11 @@ def _round_loss(logits, predicted_iou, truth, weights, single: bool):
     """The loss of one answer, the mask of the highest estimate (B, P, s, s), and its mean IoU."""
     target = jnp.broadcast_to(truth[:, :, None], logits.shape)  # (B, P, 4, s, s)
     costs = FOCAL * focal_costs(logits, target) + DICE * dice_costs(logits, target)  # (B, P, 4)
-    cost = costs[..., MULTIMASK].min(-1)
+    of_three = costs[..., MULTIMASK]
+    # Taken by its place: a minimum's gradient divides by the number of its equals, and that is zero
+    # where XLA computes the costs twice and rounds them two ways.
+    least = jnp.argmin(of_three, axis=-1, keepdims=True)
+    cost = jnp.take_along_axis(of_three, least, axis=-1)[..., 0]
     if single:
         cost += costs[..., SINGLE_MASK][..., 0]
     iou = mask_iou(logits > 0, target)

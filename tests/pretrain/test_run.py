@@ -15,16 +15,6 @@ from sammix_jax.training.log import read_log
 from sammix_jax.weights import load_weights, read_weights
 
 
-@pytest.fixture(autouse=True)
-def optimised():
-    """On a grid of 2 x 2 cells XLA's CPU programs without optimisations give NaN for gradients that
-    are finite operation by operation, and in optimised programs."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture
 def config(monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, "tiny", TINY)

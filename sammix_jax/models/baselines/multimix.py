@@ -92,7 +92,10 @@ class MultiMix(nn.Module):
         """(B, H, W, C) → (B, H, W)."""
 
         def top_logits(model: "MultiMix", images: jax.Array) -> jax.Array:
-            return model._classify(images, None)[0].max(axis=-1).sum()
+            logits, _ = model._classify(images, None)
+            # By its place, as a maximum's gradient is 0 / 0 where XLA rounds the logits two ways.
+            top = jnp.argmax(logits, axis=-1, keepdims=True)
+            return jnp.take_along_axis(logits, top, axis=-1).sum()
 
         # The lifted form: a plain jax.grad must not enclose a bound module.
         total, pull = nn.vjp(top_logits, self, images, vjp_variables=False)
