@@ -11,6 +11,7 @@ configs/paper.py. A setting that is trained already is not trained again.
 import argparse
 import logging
 import pathlib
+import sys
 
 import jax
 
@@ -19,6 +20,7 @@ from benchmarks.rows import make_portal
 from configs import paper
 from sammix_jax import prepare, train
 from sammix_jax.compilation import cache_compilations
+from sammix_jax.errors import UserError
 from sammix_jax.training.log import read_log
 
 SEED, COUNT = 100, 50
@@ -57,8 +59,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     cache_compilations()
     print(HEADER, flush=True)
-    for system in args.systems:
-        choose(system, args.workdir, args.share)
+    try:
+        for system in args.systems:
+            choose(system, args.workdir, args.share)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

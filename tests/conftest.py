@@ -5,7 +5,9 @@ import os
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") != "cpu":
+    # Accelerators round the factors of float32 products; what is expected here is whole float32.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 # All of them: the many small ones that files share take a tenth of the tests' time.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

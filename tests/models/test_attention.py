@@ -148,7 +148,7 @@ def test_the_kernel_and_its_gradient(side):
 
 
 def test_another_default_device_is_not_fused_for(monkeypatch):
-    cpu = jax.local_devices()[0]
+    cpu = jax.local_devices(backend="cpu")[0]
     monkeypatch.setattr(
         jax, "local_devices", lambda backend="gpu": [HOPPER] if backend == "gpu" else [cpu]
     )

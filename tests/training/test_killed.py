@@ -3,11 +3,10 @@
 import pathlib
 import random
 import re
-import signal
 import time
 
 import pytest
-from processes import finish, start
+from toy_run import start
 
 from sammix_jax.hosts import TERMINATED
 from sammix_jax.prepare import prepare
@@ -19,8 +18,8 @@ KILLS = 20
 
 
 @pytest.fixture
-def command(config, tmp_path):
-    """A run that would last for hours, on a store that is prepared."""
+def run(config, tmp_path):
+    """Starts a run that would last for hours, on a store that is prepared."""
     config.data.split = (3, 0, 1)
     prepare(config, tmp_path)
     fields = {
@@ -35,16 +34,20 @@ def command(config, tmp_path):
         "log.every_steps": 1,
         "checkpoint.every_steps": INTERVAL,
     }
-    return [
-        "tests/toy_run.py",
+    flags = [
         "--config=configs/quickstart.py:random",
         f"--workdir={tmp_path}",
         *(f"--config.{field}={value}" for field, value in fields.items()),
     ]
+    return lambda: start(flags, tmp_path / "output.txt")
 
 
 def last_logged(workdir) -> int:
     return max((step for step, _, _ in read_log(workdir)), default=0)
+
+
+def printed(workdir) -> str:
+    return pathlib.Path(workdir, "output.txt").read_text()
 
 
 def first_step(output: str) -> int:
@@ -54,22 +57,23 @@ def first_step(output: str) -> int:
 def wait_for_steps(process, workdir, after: int) -> None:
     deadline = time.monotonic() + 120
     while last_logged(workdir) <= after:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.is_alive(), printed(workdir)
         assert time.monotonic() < deadline, "no step was taken"
         time.sleep(0.05)
 
 
-def test_killed_at_any_moment_it_loses_one_interval_at_most(command, tmp_path):
+def test_killed_at_any_moment_it_loses_one_interval_at_most(run, tmp_path):
     """SIGKILL, at random moments after the first new step; most of them within a save."""
     latest = pathlib.Path(tmp_path, "checkpoints", "latest")
     moments = random.Random(0)
     reached, within_a_save = 0, 0
     for kill in range(KILLS):
-        process = start(command)
+        process = run()
         wait_for_steps(process, tmp_path, after=reached if kill else 0)
         time.sleep(moments.uniform(0, 0.5))
         process.kill()
-        output, _ = process.communicate()
+        process.join()
+        output = printed(tmp_path)
         within_a_save += any("tmp" in path.name for path in latest.iterdir())
         if kill:  # this process resumed what the one before had reached
             assert reached - INTERVAL <= first_step(output) <= reached, output
@@ -79,17 +83,20 @@ def test_killed_at_any_moment_it_loses_one_interval_at_most(command, tmp_path):
     assert reached > KILLS
 
 
-def test_terminated_it_saves_the_very_step(command, tmp_path):
-    process = start(command)
+def test_terminated_it_saves_the_very_step(run, tmp_path):
+    process = run()
     wait_for_steps(process, tmp_path, after=2 * INTERVAL)
-    process.send_signal(signal.SIGTERM)
-    output = finish(process, TERMINATED)
+    process.terminate()
+    process.join(600)
+    output = printed(tmp_path)
+    assert process.exitcode == TERMINATED, output
     stopped = int(re.search(r"stopped after step (\d+) of 1000000, which is saved", output)[1])
     assert "run the same command to go on" in output
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step == stopped >= last_logged(tmp_path) > 2 * INTERVAL
 
-    process = start(command)
+    process = run()
     wait_for_steps(process, tmp_path, after=stopped)
     process.kill()
-    assert first_step(process.communicate()[0]) == stopped
+    process.join()
+    assert first_step(printed(tmp_path)) == stopped
