@@ -1,6 +1,5 @@
 """The command line as a user types it."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import types
 import nibabel as nib
 import numpy as np
 import pytest
+from forked import run
 
 from sammix_jax import main
 from sammix_jax.config import default_config
@@ -35,21 +35,11 @@ SMALL = [
 ]
 
 
-def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "sammix_jax.main", *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    return folder, run(*SMALL, f"--workdir={folder}")
+    command = [sys.executable, "-m", "sammix_jax.main", *SMALL, f"--workdir={folder}"]
+    return folder, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def test_train_does_it_all(trained):

@@ -4,12 +4,9 @@ import copy
 import csv
 import hashlib
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
+import forked
 import numpy as np
 import pytest
 
@@ -226,38 +223,33 @@ def test_places_and_speed_may_differ(run):
         over_seeds([])
 
 
-def summarise(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "sammix_jax.main", "--mode=summarise", *arguments],
-        cwd=pathlib.Path(__file__).parents[2],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_the_command_that_summarises(run, tmp_path):
     for results in seeds(run):
         workdir = tmp_path / "runs" / f"seed-{results['config']['seed']}"
         write_json(workdir / "config.json", results["config"])
         write_json(workdir / "evaluation" / "test" / "results.json", results)
-    done = summarise(f"--workdir={tmp_path}/runs/seed-*", f"--output={tmp_path / 'means'}")
+    done = forked.run(
+        "--mode=summarise", f"--workdir={tmp_path}/runs/seed-*", f"--output={tmp_path / 'means'}"
+    )
     assert done.returncode == 0, done.stderr
     assert "over 3 runs, each its mean over 2 scans" in done.stdout
     assert "cam       0.850 ± 0.100 " in done.stdout
     assert "warning: 1 of these scans trained the model" in done.stdout
     means = read_json(tmp_path / "means" / "summary.json")
     assert means == over_seeds(seeds(run), [r["run"] for r in means["runs"]])
-    two = summarise(f"--workdir={tmp_path}/runs/seed-0,{tmp_path}/runs/seed-2")
+    two = forked.run("--mode=summarise", f"--workdir={tmp_path}/runs/seed-0,{tmp_path}/runs/seed-2")
     assert "over 2 runs" in two.stdout and two.returncode == 0, two.stderr
 
-    lacking = summarise(f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.part=val")
+    lacking = forked.run(
+        "--mode=summarise", f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.part=val"
+    )
     assert lacking.returncode == 1
     assert "evaluation/val/results.json: no such file; run --mode=evaluate" in lacking.stderr
-    gated = summarise(f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.gate=False")
+    gated = forked.run(
+        "--mode=summarise", f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.gate=False"
+    )
     assert gated.returncode == 1
     assert "results.json: made with evaluate.gate=True (now False); run --mode=ev" in gated.stderr
-    nowhere = summarise(f"--workdir={tmp_path}/nowhere-*")
+    nowhere = forked.run("--mode=summarise", f"--workdir={tmp_path}/nowhere-*")
     assert nowhere.returncode == 1 and "nowhere-*: no such folder" in nowhere.stderr
     assert "Traceback" not in lacking.stderr + gated.stderr + nowhere.stderr

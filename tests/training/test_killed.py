@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from toy_run import start
+from forked import start
 
 from sammix_jax.hosts import TERMINATED
 from sammix_jax.prepare import prepare
@@ -39,7 +39,13 @@ def run(config, tmp_path):
         f"--workdir={tmp_path}",
         *(f"--config.{field}={value}" for field, value in fields.items()),
     ]
-    return lambda: start(flags, tmp_path / "output.txt")
+    output = tmp_path / "output.txt"
+
+    def start_anew():
+        output.unlink(missing_ok=True)
+        return start(flags, output, output, toy=True)
+
+    return start_anew
 
 
 def last_logged(workdir) -> int:
