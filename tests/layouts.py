@@ -54,8 +54,8 @@ def config_of_layouts():
     config.model.image_size = SIDE
     config.train.batch_labelled, config.train.batch_unlabelled = 16, 16
     config.loss.bce = 1.0
-    # A CAM always has a pixel within rounding of the threshold, which then falls to either side: with
-    # the binary mask, layouts would differ by what one such pixel adds.
+    # A CAM always has a pixel within rounding of the threshold, which then falls to either side:
+    # with the binary mask, layouts would differ by what one such pixel adds.
     config.cam.soft = True
     return config
 
