@@ -9,7 +9,7 @@ Data      phantom abdomens, portal phase: 15 patients train, 3 validate, 6 test,
 Labels    K counts the training masks alone: all slices of the 15 patients give their image-level
           label, and the 3 that validate have masks on every slice, which choose the best checkpoint
 Model     mini SAM at 64 with a small ResNet, trained whole from random weights
-Hardware  2 CPU cores: 2 to 4 minutes a row
+Hardware  2 CPU cores: 2 to 5 minutes a row to train, one to score
 Expected  docs/results.md
 
 Rows have as many steps, not the same cost and data: with `teacher` every slice of a batch is

@@ -8,7 +8,8 @@ Data      the phantom of configs/quickstart.py; with :lits LiTS as configs/lits.
 Model     SAM-Mix as in configs/quickstart.py or configs/lits.py. All slices that it sees show the
           organ, so its classifier says so of any
 Hardware  phantom: 2 CPU cores; LiTS: an accelerator; time not measured yet
-Expected  not measured yet; not in the paper
+Expected  docs/results.md, as configs/paper.py has it on the phantom;
+          not in the paper
 """
 
 from configs.baselines.data import sam_mix_config

@@ -7,7 +7,8 @@ Data      the phantom of configs/quickstart.py; with :lits LiTS as configs/lits.
 Model     LoRA in the encoder; the mask decoder and the embedding of no mask learn whole. On the
           phantom mini SAM from random weights, trained whole
 Hardware  phantom: 2 CPU cores; LiTS: an accelerator; time not measured yet
-Expected  not measured yet; not in the paper
+Expected  docs/results.md, as configs/paper.py has it on the phantom;
+          not in the paper
 """
 
 from configs.baselines.data import base_config

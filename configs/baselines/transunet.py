@@ -6,7 +6,8 @@ Command   python -m sammix_jax.main --config=configs/baselines/transunet.py --wo
 Data      the phantom of configs/quickstart.py; with :lits LiTS as configs/lits.py prepares it
 Model     R50-ViT-B/16 from random weights, where its authors have ImageNet's; on the phantom mini
 Hardware  phantom: 2 CPU cores; LiTS: an accelerator; time not measured yet
-Expected  not measured yet; the paper states Dice 0.889 ± 0.005 on LiTS
+Expected  docs/results.md, as configs/paper.py has it on the phantom;
+          the paper states Dice 0.889 ± 0.005 on LiTS
 """
 
 from configs.baselines.data import base_config

@@ -39,13 +39,16 @@ def run(config, tmp_path):
         f"--workdir={tmp_path}",
         *(f"--config.{field}={value}" for field, value in fields.items()),
     ]
-    output = tmp_path / "output.txt"
+    output, processes = tmp_path / "output.txt", []
 
     def start_anew():
         output.unlink(missing_ok=True)
-        return start(flags, output, output, toy=True)
+        processes.append(start(flags, output, output, toy=True))
+        return processes[-1]
 
-    return start_anew
+    yield start_anew
+    for process in processes:
+        process.kill()  # of a test that failed
 
 
 def last_logged(workdir) -> int:
