@@ -8,8 +8,8 @@ Model     SAM with its encoder frozen; prompt encoder and mask decoder learn fro
           slices, on LiTS for 100 epochs of these: 5,000 steps at 50 slices, where the others take
           1.2 million (--config.train.steps says otherwise). SAM-PP-0 trains nothing:
           --config.train.epochs=0 --config.train.steps=0, which wants model.sam_weights. On the
-          phantom that run is configs/paper.py:sam_pp_0; this config's is mini SAM from random weights,
-          trained whole
+          phantom that run is configs/paper.py:sam_pp_0; this config's is mini SAM from random
+          weights, trained whole
 Hardware  phantom: 2 CPU cores; LiTS: an accelerator; time not measured yet
 Expected  docs/results.md, as configs/paper.py has it on the phantom;
           the paper states Dice 0.726 with 50 masks on LiTS, 0.441 with none
