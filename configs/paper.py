@@ -16,8 +16,8 @@ Budget    SAM-Mix a tenth of the steps of the baselines, as in the paper; --shar
 Expected  docs/results.md, as far as it is measured
 
 benchmarks/paper_tuning.py chooses learning rate and augmentation on validation patients (docs/
-results.md has what it found): so far of U-Net, MultiMix and SAM-Mix; SAMed's LoRA form has the
-rate of SAM-Mix's, the others have their configs' own.
+results.md has what it found): so far of U-Net, TransU-Net, MultiMix and SAM-Mix; SAMed's LoRA
+form has the rate of SAM-Mix's, the others have their configs' own.
 """
 
 from configs import quickstart

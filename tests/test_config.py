@@ -87,6 +87,17 @@ def test_what_the_papers_scaling_does_not_fit(field, value):
         check_config(config)
 
 
+def test_bfloat16_wants_the_papers_few_greys_spread():
+    config = lits.get_config("paper")
+    config.model.dtype = "bfloat16"
+    check_config(config)
+    config.input.normalise = "unit"
+    with pytest.raises(UserError, match=r"'unit': expected minmax where .*model\.dtype=bfloat16"):
+        check_config(config)
+    config.model.dtype = "float32"
+    check_config(config)
+
+
 def test_the_papers_resize_clips_to_its_window():
     config = default_config()
     config.data.resize = "paper"

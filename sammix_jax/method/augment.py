@@ -152,6 +152,8 @@ def _curved(key: jax.Array, image: jax.Array) -> jax.Array:
     gamma = jnp.where(_chance(side, 0.5), _uniform(value, low, 1.0), _uniform(value, 1.0, high))
     least = image.min()
     extent = jnp.maximum(image.max() - least, 1e-7)
-    curved = jnp.power((image - least) / extent, gamma) * extent + least
+    # The minimum less itself may be below 0 where XLA computes and rounds it twice; then NaN.
+    above = jnp.maximum(image - least, 0)
+    curved = jnp.power(above / extent, gamma) * extent + least
     spread = jnp.maximum(curved.std(), 1e-7)
     return (curved - curved.mean()) / spread * image.std() + image.mean()

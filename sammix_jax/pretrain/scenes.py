@@ -53,7 +53,9 @@ class _Place(NamedTuple):
 
 def draw_scenes(keys: jax.Array, size: int) -> Scenes:
     """Draws a scene from each of (B,) random keys, `size` pixels square."""
-    return Scenes(*jax.vmap(lambda key: _draw_scene(key, size))(keys))
+    # Where factors of products are rounded, as on TPUs, shapes would lie elsewhere.
+    with jax.default_matmul_precision("highest"):
+        return Scenes(*jax.vmap(lambda key: _draw_scene(key, size))(keys))
 
 
 def _draw_scene(key: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -207,5 +207,6 @@ class MaskDecoder(nn.Module):
         low_res_logits = jnp.einsum(
             "bpmc,bphwc->bpmhw", jnp.stack(weights, axis=2), x, preferred_element_type=jnp.float32
         )
-        head = _Mlp((c, c, NUM_MASKS), dtype=self.dtype, name="iou_head")
-        return low_res_logits, head(tokens[:, :, 0]).astype(jnp.float32)
+        # Not in bfloat16, where estimates that differ by less than 0.004 are one.
+        head = _Mlp((c, c, NUM_MASKS), dtype=jnp.float32, name="iou_head")
+        return low_res_logits, head(tokens[:, :, 0])
