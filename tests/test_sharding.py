@@ -66,7 +66,7 @@ def test_ten_steps_are_the_same_in_every_layout(steps_taken, layout):
     `mesh.shard_frozen`) and both; with the gradient in one part and in two (`train.accumulate`)."""
     accumulate = "2" if layout.endswith("2") else "1"
     expected, found = steps_taken[f"1-1-{accumulate}"], steps_taken[layout]
-    assert relative(steps_taken["begun"], expected, "params") > 20 * TOLERANCE  # no small steps
+    assert expected["loss"][-1] < 0.9 * expected["loss"][0]  # the steps were no small ones
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=TOLERANCE)
     assert relative(found, expected, "params") < TOLERANCE
     assert relative(found, expected, "stats") < TOLERANCE

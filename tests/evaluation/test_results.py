@@ -2,13 +2,14 @@
 
 import copy
 import csv
+import functools
 import hashlib
 import json
 import shutil
 
-import forked
 import numpy as np
 import pytest
+from forked import run as run_command
 
 from sammix_jax.config import default_config
 from sammix_jax.data.files import read_json, write_json
@@ -224,32 +225,27 @@ def test_places_and_speed_may_differ(run):
 
 
 def test_the_command_that_summarises(run, tmp_path):
+    summarise = functools.partial(run_command, "--mode=summarise")
     for results in seeds(run):
         workdir = tmp_path / "runs" / f"seed-{results['config']['seed']}"
         write_json(workdir / "config.json", results["config"])
         write_json(workdir / "evaluation" / "test" / "results.json", results)
-    done = forked.run(
-        "--mode=summarise", f"--workdir={tmp_path}/runs/seed-*", f"--output={tmp_path / 'means'}"
-    )
+    done = summarise(f"--workdir={tmp_path}/runs/seed-*", f"--output={tmp_path / 'means'}")
     assert done.returncode == 0, done.stderr
     assert "over 3 runs, each its mean over 2 scans" in done.stdout
     assert "cam       0.850 ± 0.100 " in done.stdout
     assert "warning: 1 of these scans trained the model" in done.stdout
     means = read_json(tmp_path / "means" / "summary.json")
     assert means == over_seeds(seeds(run), [r["run"] for r in means["runs"]])
-    two = forked.run("--mode=summarise", f"--workdir={tmp_path}/runs/seed-0,{tmp_path}/runs/seed-2")
+    two = summarise(f"--workdir={tmp_path}/runs/seed-0,{tmp_path}/runs/seed-2")
     assert "over 2 runs" in two.stdout and two.returncode == 0, two.stderr
 
-    lacking = forked.run(
-        "--mode=summarise", f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.part=val"
-    )
+    lacking = summarise(f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.part=val")
     assert lacking.returncode == 1
     assert "evaluation/val/results.json: no such file; run --mode=evaluate" in lacking.stderr
-    gated = forked.run(
-        "--mode=summarise", f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.gate=False"
-    )
+    gated = summarise(f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.gate=False")
     assert gated.returncode == 1
     assert "results.json: made with evaluate.gate=True (now False); run --mode=ev" in gated.stderr
-    nowhere = forked.run("--mode=summarise", f"--workdir={tmp_path}/nowhere-*")
+    nowhere = summarise(f"--workdir={tmp_path}/nowhere-*")
     assert nowhere.returncode == 1 and "nowhere-*: no such folder" in nowhere.stderr
     assert "Traceback" not in lacking.stderr + gated.stderr + nowhere.stderr
