@@ -77,7 +77,9 @@ def _check_arithmetic(store: SliceStore) -> None:
 def _check_output(output: Path, names: set[str]) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; expected a folder.")
-    strangers = sorted(p.name for p in output.glob("*") if hdf5.is_hdf5(p) and p.name not in names)
+    found = (path.name for path in output.glob("*") if hdf5.is_hdf5(path))
+    # Hidden ones are what a killed conversion leaves behind; nobody takes them for scans.
+    strangers = sorted(name for name in found if name not in names and not name.startswith("."))
     if strangers:
         raise UserError(
             f"{output}: holds {strangers[:5]}, which would pass for scans of this data set; give a "

@@ -16,6 +16,9 @@ from sammix_jax.errors import UserError
 # how results are reported, never what was trained or how images are normalised.
 FREE_FIELDS = ("data.root", "data.store", "data.workers", "evaluate", "log", "checkpoint", "mesh")
 
+# What tells of the scans alone that are predicted, or scored from another folder.
+SCAN_FIELDS = ("data.default_orientation",)
+
 # How a slice becomes the network's input. Kept with the checkpoints, and by them.
 PREPROCESSING_FIELDS = (
     "data.organ",
@@ -202,8 +205,11 @@ def claim_workdir(config, workdir) -> None:
         write_json(path, json.loads(config.to_json()))
 
 
-def check_workdir(config, workdir) -> None:
+def check_workdir(config, workdir, other_scans: bool = False) -> None:
     """Checks that the workdir is this config's, or nobody's yet.
+
+    Args:
+      other_scans: whether the config is to be used on scans other than the workdir's.
 
     Raises:
       UserError: the workdir belongs to another config; names the differing fields.
@@ -211,8 +217,10 @@ def check_workdir(config, workdir) -> None:
     path = as_path(workdir) / "config.json"
     if not path.exists():
         return
-    saved, given = (json.loads(c.to_json()) for c in (load_config(workdir), config))
-    if differing := differing_fields(pinned(saved), pinned(given)):
+    saved, given = (pinned(json.loads(c.to_json())) for c in (load_config(workdir), config))
+    for field in SCAN_FIELDS if other_scans else ():
+        saved[field] = given[field]
+    if differing := differing_fields(saved, given):
         raise UserError(
             f"{path}: this workdir was made with {', '.join(differing)}; give another --workdir, "
             "or the same settings."

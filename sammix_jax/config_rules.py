@@ -54,6 +54,12 @@ CHOICES = {
     "evaluate.component": postprocess.COMPONENTS,
 }
 SUBSETS = {"model.lora_targets": tuple(THIRDS), "evaluate.protocols": PROTOCOLS}
+TUPLES = {
+    "data.split": "(train, val, test)",
+    "data.slice_range": "(start, stop)",
+    "input.window": "(low, high)",
+    "log.profile": "(start, stop)",
+}
 AT_LEAST = {
     "seed": 0,
     "data.seed": 0,
@@ -119,6 +125,10 @@ def check_config(config) -> None:
         if not sound:
             faults.append(f"{field}={_get(config, field)!r}: expected {expected}")
 
+    for field, form in TUPLES.items():
+        expect(field, len(_get(config, field)) == form.count(",") + 1, form)
+    if faults:
+        raise UserError("config: " + "; ".join(faults) + ".")
     for field, options in CHOICES.items():
         expect(field, _get(config, field) in options, f"one of {', '.join(map(str, options))}")
     for field, options in SUBSETS.items():

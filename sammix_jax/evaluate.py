@@ -15,6 +15,7 @@ from sammix_jax.data.split_files import (
     changed_scans,
     digest,
     image_digest,
+    kept_digests,
     kept_split,
     training_scans,
 )
@@ -74,21 +75,31 @@ def evaluate(config, workdir) -> Evaluation:
             "them trained it. HDF5 slices are taken as they lie, for they keep no orientation.",
             *kinds,
         )
+    kept = {} if config.evaluate.root else kept_digests(workdir)
     folder = results_folder(config, workdir)
     cases, guidance, examples, seen, chose, digests = [], [], [], [], [], {}
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=hosts.hides_progress()):
         # All processes predict a scan, or none.
         known, fault = hosts.for_all(functools.partial(read_labelled, scan, config), scan.image)
+        if not fault:
+            prediction = predict_volume(predict, variables, known.volume, known.truth, config)
+            found = scan_digests(known, prediction)
+            if kept.get(scan.name, found) != found:
+                fault = (
+                    f"{scan.image}: other voxels, or another mask, than when {workdir} was "
+                    "trained; bring them back as they were, or name them as other scans with "
+                    "--config.evaluate.root=DIR."
+                )
         if fault:
             _LOG.error("%s", fault)
             faults.append(fault)
             continue
-        prediction = predict_volume(predict, variables, known.volume, known.truth, config)
-        found = scan_digests(known, prediction)
         digests[scan.name] = "-".join(found)
-        if trained.digests.intersection(found):
+        # Masks without the organ are all alike.
+        telling = found if known.organ_pixels.any() else found[1:]
+        if trained.digests.intersection(telling):
             seen.append(scan.name)
-        if trained.chose.intersection(found):
+        if trained.chose.intersection(telling):
             chose.append(scan.name)
         # Surfaces take gigabytes: once a machine, not once a process.
         score = functools.partial(score_scan, known, prediction, protocols, config)
@@ -191,6 +202,14 @@ def _other_scans(config) -> tuple[list[datasets.Scan], list[str]]:
     scans = [scan for scan in found if scan.label]
     if not scans:
         raise UserError(f"evaluate.root={settings.root}: no scan there has a mask.")
+    if without := [scan.name for scan in found if not scan.label]:
+        _LOG.warning(
+            "evaluate.root=%s: %d of %d scans have no mask and are not scored, such as %s.",
+            settings.root,
+            len(without),
+            len(found),
+            ", ".join(without[:5]),
+        )
     return _draw(scans, config) if settings.scans else (scans, [])
 
 

@@ -126,7 +126,8 @@ def _run(mode: str, workdir: Path) -> None:
     if mode == "prepare":
         _prepare(config, workdir)
         return
-    check_workdir(config, workdir)
+    other_scans = mode == "predict" or (mode == "evaluate" and bool(config.evaluate.root))
+    check_workdir(config, workdir, other_scans)
     if mode == "pretrain":
         print(f"weights     {pretrain(config, workdir)}")
     elif mode == "train":

@@ -2,16 +2,20 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from sammix_jax import hosts
 from sammix_jax.data import volumes
-from sammix_jax.data.masks import write_mask
-from sammix_jax.data.nifti import is_nifti, stem
-from sammix_jax.data.paths import Path, as_path, is_remote, resolved
+from sammix_jax.data.datasets import CASE_IMAGES
+from sammix_jax.data.files import local_copy
+from sammix_jax.data.masks import file_voxels, write_mask
+from sammix_jax.data.nifti import is_nifti, read_nifti, stem
+from sammix_jax.data.paths import Path, as_path, find_in, is_remote, resolved
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation import figures
 from sammix_jax.inference import load_model, make_predict, mesh_of, predict_volume
@@ -21,6 +25,8 @@ _LOG = logging.getLogger(__name__)
 
 # Hidden files, and the masks that lie beside the scans in LiTS.
 NO_SCANS = (".", "segmentation-")
+# By what an overlay keeps under it, its mask is known again.
+MASK_DIGEST = "SAM-Mix mask"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +51,9 @@ def predict(config, workdir, source, target) -> list[Prediction]:
       One prediction a scan. Beside each mask lies an overlay, `NAME_overlay.png`.
 
     Raises:
-      UserError: nothing to predict, or a target that would overwrite a scan or a mask that was not
-        predicted; a system that needs the truth to be prompted; bad scans, once all others are
-        predicted.
+      UserError: nothing to predict, or a target that would overwrite a scan, or a mask or picture
+        that was not predicted or was changed since; a system that needs the truth to be prompted;
+        bad scans, once all others are predicted.
     """
     pairs = _pairs(as_path(source), as_path(target))
     hosts.on_first(lambda: _check_places([mask for _, mask in pairs]))
@@ -85,10 +91,18 @@ def predict(config, workdir, source, target) -> list[Prediction]:
 def _check_places(masks: list[Path]) -> None:
     """Before anything is computed: a mask that cannot be written is hours lost."""
     for mask in masks:
-        if mask.exists() and not _overlay(mask).exists():  # one of the references, most likely
+        overlay = _overlay(mask)
+        made = _kept_digest(overlay) if overlay.exists() else ""
+        if overlay.exists() and not made:
             raise UserError(
-                f"--output={mask}: is there already, and {_overlay(mask).name}, which lies beside "
-                "every mask of this program, is not; give another place, or move the file away."
+                f"--output={mask}: its overlay would replace {overlay.name}, which this program "
+                "did not make; give another place, or move the file away."
+            )
+        # Else a reference, or a mask that was corrected by hand.
+        if mask.exists() and not (made and made == _file_digest(mask)):
+            raise UserError(
+                f"--output={mask}: is there already, and is no mask of this program as "
+                f"{overlay.name} beside it knows it; give another place, or move the file away."
             )
     for folder in {mask.parent for mask in masks if not is_remote(mask)}:
         try:
@@ -104,7 +118,8 @@ def _check_places(masks: list[Path]) -> None:
 def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Prediction:
     # First, for `_check_places` knows a mask of this program by it.
     overlay = _overlay(mask_path)
-    figures.save(figures.overlay(volume, mask, config.input.window), overlay)
+    shown = figures.overlay(volume, mask, config.input.window)
+    figures.save(shown, overlay, {MASK_DIGEST: _digest(file_voxels(mask, volume))})
     write_mask(mask_path, mask, volume)
     known = volume.has_spacing
     organ_ml = float(np.count_nonzero(mask) * volume.voxel_ml) if known else None
@@ -115,19 +130,44 @@ def _overlay(mask_path: Path) -> Path:
     return mask_path.with_name(f"{stem(mask_path)}_overlay.png")
 
 
+def _digest(voxels: np.ndarray) -> str:
+    """Of a mask in the order of its file."""
+    return hashlib.sha256(voxels.astype(np.uint8).tobytes()).hexdigest()
+
+
+def _file_digest(mask: Path) -> str:
+    """Of the mask in a file; "" of what is none."""
+    try:
+        voxels = read_nifti(mask).values()
+    except UserError:
+        return ""
+    return _digest(voxels) if np.isin(voxels, (0, 1)).all() else ""
+
+
+def _kept_digest(overlay: Path) -> str:
+    """Of the mask that an overlay was made with; "" where it keeps none."""
+    with local_copy(overlay) as local:
+        try:
+            with Image.open(local) as picture:
+                return picture.info.get(MASK_DIGEST, "")
+        except (UnidentifiedImageError, OSError):
+            return ""
+
+
 def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    if not source.exists():
+        raise UserError(f"--input={source}: no such file or folder.")
     if source.is_dir():
         if is_nifti(target):
             raise UserError(f"--output={target}: for a folder of scans give a folder.")
-        cases = sorted([*source.glob("*/ct.nii"), *source.glob("*/ct.nii.gz")])
-        if cases:  # TotalSegmentator's folders, where every scan is called ct
-            pairs = [(scan, target / f"{scan.parent.name}.nii.gz") for scan in cases]
-        else:
-            pairs = [
-                (scan, target / scan.name)
-                for scan in sorted(source.iterdir())
-                if is_nifti(scan) and not scan.name.startswith(NO_SCANS)
-            ]
+        # TotalSegmentator's folders, where every scan is called ct.
+        cases = [scan for scan in find_in(source, "*/*") if scan.name in CASE_IMAGES]
+        pairs = [(scan, target / f"{scan.parent.name}.nii.gz") for scan in cases]
+        pairs += [
+            (scan, target / scan.name)
+            for scan in find_in(source, "*")
+            if is_nifti(scan) and not scan.name.startswith(NO_SCANS)
+        ]
         if not pairs:
             raise UserError(
                 f"--input={source}: no scans there, expected .nii or .nii.gz files side by side, "

@@ -129,6 +129,10 @@ def test_a_workdir_of_before_a_field_came(config, tmp_path):
     config.data.default_orientation = "LAS"
     with pytest.raises(UserError, match=r"data\.default_orientation= \(now LAS\)"):
         check_workdir(config, tmp_path)
+    check_workdir(config, tmp_path, other_scans=True)
+    config.train.steps = 7
+    with pytest.raises(UserError, match=r"train\.steps"):
+        check_workdir(config, tmp_path, other_scans=True)
 
 
 def test_places_and_reporting_may_change(config, tmp_path):
@@ -166,6 +170,9 @@ def test_saved_by_another_version(tmp_path):
         ("data.labelled_slices", -1, "at least 0"),
         ("input.window", (240.0, -160.0), "low < high"),
         ("input.window", (40.0, 40.0), "low < high"),
+        ("input.window", (-100.0,), r"\(low, high\)"),
+        ("data.split", (1, 1), r"\(train, val, test\)"),
+        ("log.profile", (1, 2, 3), r"\(start, stop\)"),
         ("model.sam", "vit_x", "vit_b"),
         ("model.image_size", 1000, "a multiple of 16"),
         ("model.classifier_stride", 4, "one of 32, 16, 8 for model.classifier=resnet38"),

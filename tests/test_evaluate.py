@@ -13,7 +13,7 @@ from sammix_jax.config import default_config, load_config
 from sammix_jax.data import datasets, phantom
 from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.split_files import training_scans
+from sammix_jax.data.split_files import TrainingScans, digest, training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import IncompleteEvaluation, _draw, evaluate, read_labelled
 from sammix_jax.evaluation import results as results_module
@@ -214,6 +214,43 @@ def test_copies_of_training_scans_are_known_by_their_images(run, config, tmp_pat
 
     monkeypatch.setattr(evaluation_module, "training_scans", with_a_teacher)
     assert evaluate(config, run).results["trained_on"] == ["volume-90", "volume-92"]
+
+
+def test_scans_without_the_organ_are_not_taken_for_one_another(
+    run, config, others, tmp_path, monkeypatch, caplog
+):
+    """Their masks are alike on one grid; and a scan without a mask is told."""
+    shutil.copytree(others, tmp_path / "scans")
+    config.evaluate.root = str(tmp_path / "scans")
+    config.evaluate.protocols = ("none",)
+    path = next((tmp_path / "scans").glob("segmentation-0.*"))
+    label = nib.load(path)
+    empty = np.zeros(label.shape, np.uint8)
+    nib.save(nib.Nifti1Image(empty, label.affine, label.header), path)
+    next((tmp_path / "scans").glob("segmentation-2.*")).unlink()
+    depth = label.shape[2]
+    alike = digest(label.shape[::-1], label.affine.tolist(), [0] * depth)
+    trained = TrainingScans(frozenset({alike}), frozenset({alike}), hdf5=False)
+    monkeypatch.setattr(evaluation_module, "training_scans", lambda *_: trained)
+    results = evaluate(config, run).results
+    assert alike in results["digests"]["volume-0"]
+    assert results["trained_on"] == results["chose"] == []
+    assert "1 of 3 scans have no mask and are not scored, such as volume-2" in caplog.text
+
+
+def test_a_scan_that_was_replaced_since_training_is_not_scored(run, config, others, tmp_path):
+    config.evaluate.part, config.evaluate.protocols = "train", ("none",)
+    manifest = read_json(run / "store" / "manifest.json")
+    name = read_json(run / "split.json")["train"][0]
+    (record,) = (scan for scan in manifest["scans"] if scan["name"] == name)
+    for kind, prefix in (("image", "volume"), ("label", "segmentation")):
+        copy = tmp_path / f"{prefix}-9.nii.gz"
+        shutil.copy(next(others.glob(f"{prefix}-0.*")), copy)
+        record[kind] = str(copy)
+    (run / "store" / "manifest.json").write_text(json.dumps(manifest))
+    told = r"1 of 2 scans(.|\n)*volume-9\.nii\.gz: other voxels, or another mask, than when"
+    with pytest.raises(IncompleteEvaluation, match=told):
+        evaluate(config, run)
 
 
 def test_that_hdf5_may_hold_training_scans_is_told(run, config, tmp_path, caplog):

@@ -85,8 +85,12 @@ def test_folders(tmp_path, workdir, config, scan):
 
     (tmp_path / "total" / "s0003").mkdir(parents=True)
     nib.save(scan, tmp_path / "total" / "s0003" / "ct.nii.gz")
-    (case,) = predict(config, workdir, tmp_path / "total", tmp_path / "out")
-    assert case.mask == tmp_path / "out" / "s0003.nii.gz" and case.mask.exists()
+    nib.save(scan, tmp_path / "total" / "beside.nii")
+    made = predict(config, workdir, tmp_path / "total", tmp_path / "out")
+    assert [case.mask for case in made] == [
+        tmp_path / "out" / name for name in ("s0003.nii.gz", "beside.nii")
+    ]
+    assert all(case.mask.exists() for case in made)
 
 
 def test_overlay_shows_the_organ_where_it_is():
@@ -105,6 +109,8 @@ def test_refusals(tmp_path, workdir, config, scan):
         predict(config, workdir, path, path)
     with pytest.raises(UserError, match=r"ending in \.nii"):
         predict(config, workdir, path, tmp_path / "mask")
+    with pytest.raises(UserError, match=r"--input=.*scnas: no such file or folder"):
+        predict(config, workdir, tmp_path / "scnas", tmp_path / "masks")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no scans there"):
         predict(config, workdir, tmp_path / "empty", tmp_path / "out")
@@ -129,11 +135,36 @@ def test_only_masks_of_this_program_are_replaced(tmp_path, workdir, config, scan
         folder.mkdir()
         nib.save(scan, folder / "liver_1.nii.gz")
     reference = (labels / "liver_1.nii.gz").read_bytes()
-    with pytest.raises(UserError, match=r"liver_1\.nii\.gz: is there already, and liver_1_overlay"):
+    with pytest.raises(UserError, match=r"liver_1\.nii\.gz: is there already, and is no mask of"):
         predict(config, workdir, images, labels)
     assert (labels / "liver_1.nii.gz").read_bytes() == reference
-    first, again = (predict(config, workdir, images, tmp_path / "out")[0].mask for _ in range(2))
+    out = tmp_path / "out"
+    first, again = (predict(config, workdir, images, out)[0].mask for _ in range(2))
     assert first == again and again.exists()
+
+    made = nib.load(first)
+    corrected = np.asarray(made.dataobj).copy()
+    corrected[2, 2, 2] ^= 1
+    nib.save(nib.Nifti1Image(corrected, made.affine, made.header), first)
+    kept = first.read_bytes()
+    with pytest.raises(UserError, match="no mask of this program as liver_1_overlay"):
+        predict(config, workdir, images, out)
+    assert first.read_bytes() == kept
+    first.unlink()  # as if it had been stopped between overlay and mask
+    predict(config, workdir, images, out)
+
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh" / "liver_1_overlay.png").write_bytes(b"my own figure")
+    with pytest.raises(UserError, match=r"replace liver_1_overlay\.png, which this program did"):
+        predict(config, workdir, images, tmp_path / "fresh")
+
+
+def test_a_mask_of_a_scan_without_orientation_is_known_again(tmp_path, workdir, config, scan):
+    """Whose voxels lie as `data.default_orientation` says, and not as the mask's header."""
+    nib.save(nib.Nifti1Image(np.asarray(scan.dataobj), np.eye(4)), tmp_path / "lost.nii")
+    config.data.default_orientation = "PSR"
+    for _ in range(2):
+        predict(config, workdir, tmp_path / "lost.nii", tmp_path / "mask.nii")
 
 
 def test_the_checkpoint_knows_how_its_input_was_made(tmp_path, workdir, config, scan):

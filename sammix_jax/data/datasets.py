@@ -16,14 +16,15 @@ import re
 from sammix_jax.data import hdf5
 from sammix_jax.data.files import read_json
 from sammix_jax.data.nifti import is_nifti, stem
-from sammix_jax.data.paths import Path, as_path, find_below
+from sammix_jax.data.paths import Path, as_path, find_below, find_in
 from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
 LITS_ORGANS = {"liver": (1, 2), "tumour": (2,)}
 # A lesion drawn with a label of its own still belongs to the organ it lies in (LiTS, Task03).
-LESION_NAMES = {"cancer", "tumour", "tumor", "lesion"}
+LIVER_LESION = re.compile(r"(?:liver|hepatic)?[ _-]?(?:cancer|tumou?r|lesion)s?")
+CASE_IMAGES = ("ct.nii.gz", "ct.nii")  # TotalSegmentator's, in a folder for each case
 LAYOUTS = (
     "LiTS (volume-N.nii, segmentation-N.nii), Medical Segmentation Decathlon or nnU-Net "
     "(imagesTr/, labelsTr/), TotalSegmentator (sNNNN/ct.nii.gz, sNNNN/segmentations/), the "
@@ -69,17 +70,21 @@ def find_scans(
     root = as_path(root)
     if not root.is_dir():
         raise UserError(f"{field}={root}: no such folder; give the folder that holds the scans.")
+    inside = find_in(root, "*")
     for find in (_find_decathlon, _find_totalsegmentator, _find_lits, _find_hdf5):
         scans = find(root, organ)
         if scans:
             break
     else:
-        found = sorted(p.name for p in root.iterdir())[:5]
+        found = [p.name for p in inside[:5]]
         raise UserError(
             f"{field}={root}: no scans found (it holds {found or 'nothing'}), expected one of: "
             f"{LAYOUTS}."
         )
     names = [scan.name for scan in scans]
+    for name in names:
+        if name != name.encode(errors="ignore").decode():  # no table could hold it
+            raise UserError(f"{root}: the scan {name!a}: no UTF-8 name; rename the file.")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(f"{root}: several files for the scans {repeated[:5]}; keep one of each.")
@@ -120,11 +125,16 @@ def _find_lits(root: Path, organ: str) -> list[Scan]:
 def _find_decathlon(root: Path, organ: str) -> list[Scan]:
     if not (root / "imagesTr").is_dir():
         return []
-    labels = _by_name((root / "labelsTr").glob("*"), str)
-    files = list((root / "imagesTr").iterdir())
+    labels = _by_name(find_in(root / "labelsTr", "*"), str)
+    files = [p for p in find_in(root / "imagesTr", "*") if not p.name.startswith(".")]
     case_name = _case_name if _numbers_channels(files, labels) else str
     images = _by_name(files, case_name)
-    unlabelled = _by_name((root / "imagesTs").glob("*"), case_name)
+    if files and not images:
+        raise UserError(
+            f"{files[0]}: expected NIfTI files (.nii or .nii.gz) in imagesTr; convert what is "
+            "there (SimpleITK reads and writes most formats)."
+        )
+    unlabelled = _by_name(find_in(root / "imagesTs", "*"), case_name)
     values, known, ignore = _decathlon_values(root, organ.lower()) if labels else ((1,), (), None)
     _refuse_orphans(images, labels, "imagesTr/{}.nii.gz")
     repeated = sorted(set(images) & set(unlabelled))
@@ -184,26 +194,30 @@ def _decathlon_values(
     ignore = values.pop("ignore", (None,))
     if len(ignore) != 1:
         raise UserError(f"{path}: its 'ignore' is {list(ignore)}, expected one whole number.")
-    named = LESION_NAMES & set(values) if organ == "liver" else set()
-    if others := sorted(set(values) - {"background", organ} - named):
-        # Where other organs are named too, nobody knows in which of them a lesion lies.
-        for name in sorted(named):
-            _LOG.warning(
-                "%s: %s beside %s: not counted as data.organ=liver; data.label_values says "
-                "otherwise.",
-                path,
-                name,
-                ", ".join(others[:5]),
-            )
-        named = set()
-    wanted = tuple(sorted({*values[organ], *(n for name in named for n in values[name])}))
+    others = sorted(set(values) - {"background", organ})
+    counted = [organ]
+    # Where other organs are named too, nobody knows in which of them a lesion lies.
+    if organ == "liver" and all(LIVER_LESION.fullmatch(name) for name in others):
+        counted += others
+    elif others:
+        more = ", …" if len(others) > 8 else ""
+        _LOG.warning(
+            "%s: labels that do not count as data.organ=%s: %s%s. Where one of them is a part of "
+            "it, such as its tumours, name the values of all in data.label_values.",
+            path,
+            organ,
+            ", ".join(others[:8]),
+            more,
+        )
+    wanted = tuple(sorted({n for name in counted for n in values[name]}))
     known = tuple(sorted({0, *(n for numbers in values.values() for n in numbers)}))
     return wanted, known, ignore[0]
 
 
 def _find_totalsegmentator(root: Path, organ: str) -> list[Scan]:
-    images = sorted(root.glob("*/ct.nii.gz")) + sorted(root.glob("*/ct.nii"))
-    for folder in sorted(root.glob("*/segmentations")):
+    inside = find_in(root, "*/*")
+    images = [path for path in inside if path.name in CASE_IMAGES]
+    for folder in (path for path in inside if path.name == "segmentations"):
         if not any(image.parent == folder.parent for image in images):
             raise UserError(
                 f"{folder}: masks without their scan, expected {folder.parent / 'ct.nii.gz'}; "
@@ -212,7 +226,7 @@ def _find_totalsegmentator(root: Path, organ: str) -> list[Scan]:
     scans, organs = [], set()
     for image in images:
         folder = image.parent / "segmentations"
-        masks = _by_name(folder.glob("*.nii*"), str)
+        masks = _by_name(find_in(folder, "*.nii*"), str)
         organs |= set(masks)
         scans.append(Scan(image.parent.name, image, masks.get(organ), known_values=(0, 1)))
     if organs and not any(scan.label for scan in scans):

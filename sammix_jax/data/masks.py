@@ -23,9 +23,10 @@ from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-# Two exports of one scan differ in the last digits of their affines; a hundredth of a millimetre is
-# far below any voxel and far above rounding.
-AFFINE_TOLERANCE_MM = 1e-2
+# Of the smallest side of a voxel. Exports of one scan differ in the last digits of their affines,
+# and by a tenth of a millimetre where one tells a tilted grid by a float32 quaternion; where one
+# takes a voxel's corner for its centre, by half a voxel.
+AFFINE_TOLERANCE = 0.25
 
 
 class Annotation(NamedTuple):
@@ -83,9 +84,10 @@ def read_annotation(
             "resample the mask onto the scan's grid, or pair it with the scan it was drawn on."
         )
     shift = _largest_shift(image.affine, scan.affine, shape)
+    tolerance = AFFINE_TOLERANCE * min(scan.spacing)
     has_spacing = not lost_spacing(image.affine, is_placed(image))
     if not (scan.has_spacing and has_spacing):
-        if shift > AFFINE_TOLERANCE_MM:
+        if shift > tolerance:
             without = "mask" if scan.has_spacing else "scan" if has_spacing else "scan and mask"
             _LOG.warning(
                 "%s: no spacing (an affine that is the identity or unset) in the file of the %s; "
@@ -95,7 +97,7 @@ def read_annotation(
                 without,
                 scan.path,
             )
-    elif not shift <= AFFINE_TOLERANCE_MM:  # also catches NaN
+    elif not shift <= tolerance:  # also catches NaN
         raise UserError(
             f"{path}: the mask's affine places its voxels up to {shift:.3g} mm from those of its "
             f"scan {scan.path}; resample the mask onto the scan, or copy the scan's affine into it "
@@ -138,6 +140,15 @@ def count_organ_pixels(path, mask: np.ndarray) -> np.ndarray:
     return np.maximum(counted, hdf5.read_image_labels(path)) if hdf5.is_hdf5(path) else counted
 
 
+def file_voxels(mask: np.ndarray, scan: Volume) -> np.ndarray:
+    """A (D, H, W) mask as (I, J, K) uint8, in the order of the scan's own file."""
+    transform = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt(CANONICAL), scan.orientation
+    )
+    voxels = nib.apply_orientation(mask.astype(np.uint8).transpose(2, 1, 0), transform)
+    return np.ascontiguousarray(voxels)
+
+
 def write_mask(path, mask: np.ndarray, scan: Volume) -> None:
     """Writes a (D, H, W) mask as uint8 on the scan's own grid.
 
@@ -150,11 +161,7 @@ def write_mask(path, mask: np.ndarray, scan: Volume) -> None:
     path = as_path(path)
     if not is_nifti(path):
         raise UserError(f"{path}: a mask is written as .nii or .nii.gz; give such a name.")
-    transform = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt(CANONICAL), scan.orientation
-    )
-    voxels = nib.apply_orientation(mask.astype(np.uint8).transpose(2, 1, 0), transform)
-    voxels = np.ascontiguousarray(voxels)
+    voxels = file_voxels(mask, scan)
     if hdf5.is_hdf5(scan.path):
         image = nib.Nifti1Image(voxels, scan.affine)
     else:

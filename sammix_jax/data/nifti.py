@@ -84,19 +84,27 @@ def read_nifti(path: Path) -> Nifti:
     Raises:
       UserError: no whole file of one 3D image of plain numbers, or an affine that places none.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file.")
     if not is_nifti(path):
         raise UserError(
             f"{path}: expected a NIfTI file (.nii or .nii.gz); convert DICOM with dcm2niix."
         )
     try:
-        with local_copy(path) as local:
+        if not path.exists():
+            raise UserError(f"{path}: no such file.")
+        with local_copy(path) as local, _opened(local) as file:
             image = nib.load(local)
-            with _opened(local) as file:
-                image = type(image).from_file_map({"image": FileHolder(fileobj=file)})
-                voxels = np.asanyarray(image.dataobj.get_unscaled())
-                file.read()
+            image = type(image).from_file_map({"image": FileHolder(fileobj=file)})
+            voxels = np.asanyarray(image.dataobj.get_unscaled())
+            file.read()
+    except PermissionError as error:
+        raise UserError(
+            f"{path}: cannot be opened ({error.strerror}); you lack the right to read it."
+        ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"{path}: its voxels do not fit in memory, by its header {image.shape}; where it is "
+            "no such large scan the header is damaged: copy or export the file again."
+        ) from error
     except _UNREADABLE as error:
         raise UserError(
             f"{path}: cannot be read as NIfTI ({error}); the file is truncated or damaged, copy or "

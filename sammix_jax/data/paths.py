@@ -93,6 +93,29 @@ def find_below(folder: Path, pattern: str, above: frozenset = frozenset()) -> It
             yield from find_below(path, pattern, above)
 
 
+def find_in(folder: Path, pattern: str) -> list[Path]:
+    """As `folder.glob`, sorted, which says nothing of what it cannot look into.
+
+    Folders below this one that cannot be looked into are told and left out.
+
+    Raises:
+      UserError: this folder is such a one.
+    """
+    if not is_remote(folder) and folder.is_dir():
+        if not _is_open(folder):
+            raise UserError(
+                f"{folder}: cannot be looked into; you lack the right to read it (chmod u+rx)."
+            )
+        for below in folder.iterdir() if "/" in pattern else ():
+            if below.is_dir() and not _is_open(below):
+                _LOG.warning("%s: cannot be looked into, and is left out.", below)
+    return sorted(folder.glob(pattern))
+
+
+def _is_open(folder: pathlib.Path) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK)
+
+
 def find_matching(pattern: str) -> list[Path]:
     """The paths that a pattern with wildcards stands for."""
     path = as_path(pattern)

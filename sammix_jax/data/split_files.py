@@ -134,6 +134,13 @@ def training_scans(config, workdir) -> TrainingScans:
     return TrainingScans(known_by(trained), known_by(split.val), hdf5)
 
 
+def kept_digests(workdir) -> dict[str, tuple[str, str]]:
+    """`digest` and `image_digest` of the labelled scans that a workdir was begun on, by name."""
+    workdir = as_path(workdir)
+    labelled, images = read_json(workdir / SCANS), read_json(workdir / IMAGES)
+    return {name: (labelled[name], images[name]["digest"]) for name in labelled}
+
+
 def changed_scans(store: SliceStore, workdir, names: Collection[str] | None = None) -> list[str]:
     """The labelled scans of a workdir that the store lacks, or holds with other images or masks.
 
@@ -215,6 +222,9 @@ def _read_split(path: Path, labelled: set[str]) -> Split:
     fields = read_json(path)
     if not isinstance(fields, dict) or set(fields) != set(PARTS):
         raise UserError(f"{path}: expected an object with the lists {', '.join(PARTS)}.")
+    for part in PARTS:
+        if not isinstance(fields[part], list):
+            raise UserError(f"{path}: {part} is {fields[part]!r}, expected a list of scans.")
     names = [name for part in PARTS for name in fields[part]]
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
@@ -246,8 +256,10 @@ def _refuse_torn_patients(split: Split, path: Path, pattern: str) -> None:
 
 
 def _read_labels(path: Path, store: SliceStore, split: Split) -> list[SliceId]:
-    labels = []
-    for entry in read_json(path):
+    labels, entries = [], read_json(path)
+    if not isinstance(entries, list):
+        raise UserError(f'{path}: expected a list of {{"scan": …, "slice": …}}.')
+    for entry in entries:
         try:
             scan, index = entry["scan"], entry["slice"]
         except (TypeError, KeyError) as error:
@@ -260,6 +272,8 @@ def _read_labels(path: Path, store: SliceStore, split: Split) -> list[SliceId]:
         if index not in store.records[scan].slices:
             raise UserError(f"{path}: {scan} has no slice {index} in {store.root}.")
         labels.append(SliceId(scan, store.records[scan].slices.index(index)))
+        if labels[-1] in labels[:-1]:
+            raise UserError(f"{path}: slice {index} of {scan} stands there twice; remove one.")
         if not store.has_mask(labels[-1]):
             raise UserError(
                 f"{path}: slice {index} of {scan} is not annotated throughout; annotate it or "

@@ -118,10 +118,16 @@ def strips(values: dict[str, list[float]], means: dict[str, dict], label: str) -
     return figure
 
 
-def save(figure: Figure, path) -> None:
-    """Writes a PNG, whole or not at all."""
+def save(figure: Figure, path, notes: dict[str, str] | None = None) -> None:
+    """Writes a PNG, whole or not at all.
+
+    Args:
+      figure: what to draw.
+      path: of the file.
+      notes: kept in the file, by keyword; seen by who asks for them.
+    """
     with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)
+        figure.savefig(partial, format="png", dpi=110, metadata=notes)
 
 
 def _plot(height: float = 3.0):

@@ -88,6 +88,7 @@ def test_stores_of_another_arithmetic_are_refused(config, tmp_path):
 
 def test_other_files_in_the_output_are_no_scans_of_it(store, tmp_path):
     (tmp_path / "h5").mkdir()
+    (tmp_path / "h5" / ".303a9f77.volume-1.h5").write_bytes(b"")  # a killed conversion's
     (tmp_path / "h5" / "volume-3.h5").write_bytes(b"")
     with pytest.raises(UserError, match=r"holds \['volume-3\.h5'\].*new folder"):
         convert(store.root, tmp_path / "h5")

@@ -1,10 +1,11 @@
 """The folder layouts that people have, and what is wrong with the ones that fail."""
 
 import json
+import os
 
 import pytest
 
-from sammix_jax.data import datasets
+from sammix_jax.data import datasets, paths
 from sammix_jax.errors import UserError
 
 
@@ -34,6 +35,7 @@ def test_lits_pairs_by_number_across_folders(tmp_path):
         ({"0": "background", "1": "liver", "2": "cancer"}, "liver", (1, 2)),
         ({"background": 0, "spleen": 3}, "spleen", (3,)),
         ({"background": 0, "liver": [1, 4], "other": 2}, "liver", (1, 4)),
+        ({"background": 0, "liver": 1, "liver_tumor": 2, "Lesions": 3}, "liver", (1, 2, 3)),
     ],
 )
 def test_decathlon_and_nnunet(tmp_path, labels, organ, values):
@@ -47,6 +49,24 @@ def test_decathlon_and_nnunet(tmp_path, labels, organ, values):
     assert scans[0].label_values == values
     assert set(values) | {0} <= set(scans[0].known_values)
     assert datasets.find_scans(tmp_path, organ.title())[0].label_values == values
+
+
+@pytest.mark.parametrize(
+    ("labels", "organ", "told"),
+    [
+        ({"liver": 1, "hcc": 2}, "liver", "liver: hcc."),
+        ({"pancreas": 1, "cancer": 2}, "pancreas", "pancreas: cancer."),
+        ({"liver": 1, "tumour": 2, "cancer": 3}, "liver", ""),
+    ],
+)
+def test_labels_that_do_not_count_are_told(tmp_path, caplog, labels, organ, told):
+    """A lesion under another name would be a hole in its organ."""
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0} | labels}))
+    (scan,) = datasets.find_scans(tmp_path, organ)
+    assert (f"do not count as data.organ={told}" in caplog.text) == bool(told)
+    assert (scan.label_values == (1,)) == bool(told)
+    assert bool(caplog.text) == bool(told)
 
 
 def test_what_nobody_annotated_is_no_label(tmp_path):
@@ -66,7 +86,7 @@ def test_lesions_join_the_liver_where_no_other_organ_is_named(tmp_path, caplog):
     assert datasets.find_scans(tmp_path, "liver")[0].label_values == (1, 14)
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels | {"pancreas": 4}}))
     assert datasets.find_scans(tmp_path, "liver")[0].label_values == (1,)
-    assert "tumor beside pancreas: not counted as data.organ=liver" in caplog.text
+    assert "labels that do not count as data.organ=liver: pancreas, tumor." in caplog.text
 
 
 def test_cases_may_be_numbered_as_channels_are(tmp_path):
@@ -113,6 +133,8 @@ def test_label_values_can_be_given(tmp_path):
         (("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"), "liver", "dataset.json"),
         (("imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz"), "liver", "a second channel"),
         (("s1/ct.nii.gz", "s1/ct.nii"), "liver", "several files"),
+        (("imagesTr/a.nrrd", "dataset.json"), "liver", r"a\.nrrd: expected NIfTI .*SimpleITK"),
+        ((os.fsdecode(b"volume-1.nii"), os.fsdecode(b"M\xfcller/ct.nii")), "liver", "no UTF-8"),
     ],
 )
 def test_refusals_name_file_and_fix(tmp_path, names, organ, message):
@@ -137,6 +159,29 @@ def test_decathlon_refusals(tmp_path):
         (tmp_path / "dataset.json").write_text(broken)
         with pytest.raises(UserError, match=message):
             datasets.find_scans(tmp_path, "liver")
+
+
+@pytest.mark.parametrize(
+    ("shut", "files"),
+    [
+        ("", ("volume-1.nii",)),
+        ("imagesTr", ("imagesTr/a.nii",)),
+        ("labelsTr", ("imagesTr/a.nii", "labelsTr/a.nii")),
+        ("s1/segmentations", ("s1/ct.nii", "s1/segmentations/liver.nii")),
+    ],
+)
+def test_scans_and_masks_do_not_vanish_where_nobody_may_look(tmp_path, monkeypatch, shut, files):
+    touch(tmp_path, *files)
+    monkeypatch.setattr(paths, "_is_open", lambda folder: folder != tmp_path / shut)
+    with pytest.raises(UserError, match=rf"{tmp_path / shut}: cannot be looked into"):
+        datasets.find_scans(tmp_path, "liver")
+
+
+def test_a_case_where_nobody_may_look_is_told(tmp_path, monkeypatch, caplog):
+    touch(tmp_path, "s1/ct.nii", "s1/segmentations/liver.nii", "lost+found/x")
+    monkeypatch.setattr(paths, "_is_open", lambda folder: folder != tmp_path / "lost+found")
+    assert len(datasets.find_scans(tmp_path, "liver")) == 1
+    assert "lost+found: cannot be looked into, and is left out" in caplog.text
 
 
 def test_missing_folder(tmp_path):

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sammix_jax.data import volumes
+from sammix_jax.data import nifti, volumes
 from sammix_jax.data.masks import read_mask, write_mask
 from sammix_jax.errors import UserError
 
@@ -121,6 +121,29 @@ def test_refuses_truncated_files(tmp_path, write_scan, ct):
         assert name in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_damaged_header_that_asks_for_too_much_is_named(tmp_path, suffix):
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape((32000,) * 3)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    content = header.binaryblock + bytes(1000)
+    path = tmp_path / f"scan{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    with pytest.raises(UserError, match=r"scan.*(\(32000, 32000, 32000\)|truncated or damaged)"):
+        volumes.read_volume(path)
+
+
+def test_a_file_that_nobody_may_read_is_not_called_damaged(write_scan, ct, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    path = write_scan("scan.nii", ct)
+    monkeypatch.setattr(nifti, "_opened", refuse)
+    with pytest.raises(UserError, match=r"scan\.nii: cannot be opened \(Permission denied\)"):
+        volumes.read_volume(path)
+
+
 def test_refuses_other_formats_and_missing_files(tmp_path):
     (tmp_path / "scan.dcm").write_bytes(b"DICM")
     with pytest.raises(UserError, match="expected a NIfTI file"):
@@ -142,6 +165,22 @@ def test_refuses_masks_of_another_grid_or_place(write_scan, ct):
     blurred = write_scan("blurred.nii.gz", mask * np.float32(0.5))
     with pytest.raises(UserError, match="no whole numbers"):
         read_mask(blurred, scan, (1,))
+
+
+def test_a_mask_that_only_knows_a_tilted_grid_by_its_qform_fits(tmp_path, write_scan, ct):
+    """A qform is a float32 quaternion, which of such a grid loses a tenth of a millimetre."""
+    voxels = np.resize(ct, (256, 256, 4))
+    tilted = nib.eulerangles.euler2mat(z=np.deg2rad(0.03)) @ np.diag([-0.7, -0.7, 1.0])
+    scan = volumes.read_volume(
+        write_scan("scan.nii.gz", voxels, nib.affines.from_matvec(tilted, (90, 90, 0)))
+    )
+    mask = nib.Nifti1Image((voxels > 100).astype(np.uint8), None)
+    mask.header.set_qform(scan.affine, code=1)
+    mask = nib.Nifti1Image(mask.dataobj, None, mask.header)
+    nib.save(mask, tmp_path / "mask.nii.gz")
+    affine = nib.load(tmp_path / "mask.nii.gz").affine
+    assert np.abs(affine - scan.affine).max() * 256 > 0.05
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.nii.gz", scan, (1,)), scan.hu > 100)
 
 
 def test_refuses_a_degenerate_affine(write_scan, ct):
