@@ -35,7 +35,10 @@ def _count_equation(equation) -> int:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * out * math.prod(kernel) // outputs
+        # Of a stride's gradient and of a transposed convolution all other inputs are zeros, which
+        # nobody multiplies.
+        zeros = math.prod(params["lhs_dilation"])
+        return 2 * out * math.prod(kernel) // (outputs * zeros)
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
     times = params["length"] if name == "scan" else 1

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from sammix_jax.method.sam_mix import DTYPES
 from sammix_jax.models.blocks import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, plan_train
+from sammix_jax.systems.named import HOLD_SAM
 
 _LOG = logging.getLogger(__name__)
 
@@ -24,11 +25,12 @@ def sweep(config, target: Target):
       (options, plan): the fields that were set, with the largest batch; and its plan, None where
       not even the smallest batch fits.
     """
+    remats, chunks = ("none",), (config.model.query_chunk,)
+    if config.model.system in HOLD_SAM:  # the others know neither
+        remats, chunks = POLICIES, (*chunks, WHOLE)
     choices = [
         {"model.dtype": dtype, "model.remat": remat, "model.query_chunk": chunk}
-        for dtype, remat, chunk in itertools.product(
-            DTYPES, POLICIES, (config.model.query_chunk, WHOLE)
-        )
+        for dtype, remat, chunk in itertools.product(DTYPES, remats, chunks)
     ]
     for options in tqdm(choices, desc="sweep", unit="choice", disable=None):
         tried = config.copy_and_resolve_references()

@@ -38,7 +38,11 @@ def test_products_and_convolutions_are_counted():
             feature_group_count=groups,
         )  # fmt: skip
 
-    assert count_flops(convolve, images, kernel) == 2 * (2 * 4 * 3 * 5) * (3 * 3 * 4)
+    forward = 2 * (2 * 4 * 3 * 5) * (3 * 3 * 4)
+    assert count_flops(convolve, images, kernel) == forward
+    # Backward, the same products once more, and none with the zeros between.
+    back = jax.linear_transpose(lambda x: convolve(x, kernel), images)
+    assert count_flops(back, jnp.ones((2, 4, 3, 5))) == forward
     grouped = functools.partial(convolve, groups=2)
     assert count_flops(grouped, images, kernel[:, :, :2, :4]) == 2 * (2 * 4 * 3 * 4) * (3 * 3 * 2)
 
@@ -188,6 +192,14 @@ def test_the_sweep_finds_the_largest_batch(config, monkeypatch, memory, gives_up
         else:
             assert best is None and "does not fit" in line
     assert (config.train.batch_labelled, config.train.batch_unlabelled) == (2, 6)
+
+
+def test_the_sweep_tries_what_the_system_knows(config, monkeypatch):
+    config.model.system = "unet"
+    monkeypatch.setattr(sweep, "plan_train", lambda *_: StepPlan("train", 8, {}, 2000, 0, {}))
+    tried = [options for options, _ in sweep.sweep(config, Target("fake", [None], 1000))]
+    assert [o["model.dtype"] for o in tried] == ["float32", "bfloat16"]
+    assert {o["model.remat"] for o in tried} == {"none"}
 
 
 def test_operations_are_counted_without_a_gpus_kernels(monkeypatch):

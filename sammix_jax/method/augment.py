@@ -75,12 +75,13 @@ def nnunet_distort(images: jax.Array, keys: jax.Array, strength: float = 1.0) ->
         )
         low, high = (1 + strength * (factor - 1) for factor in FACTOR)
         image = _sometimes(0.1, noise, image, lambda k, x: _noisy(k, x, strength))
-        image = _sometimes(0.2, blur, image, _blurred)
+        # nnU-Net draws for the slice and then, by a half, for each channel, of which CT has one.
+        image = _sometimes(0.2 * 0.5, blur, image, _blurred)
         image = _sometimes(0.15, brightness, image, lambda k, x: x * _uniform(k, low, high))
         image = _sometimes(
             0.15, contrast, image, lambda k, x: _contrasted(x, _uniform(k, low, high))
         )
-        image = _sometimes(0.25, resolution, image, _low_resolution)
+        image = _sometimes(0.25 * 0.5, resolution, image, _low_resolution)
         image = _sometimes(0.1, inverted, image, lambda k, x: 1 - _curved(k, 1 - x))
         image = _sometimes(0.3, gamma, image, _curved)
         return jnp.clip(image, 0.0, 1.0)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from sammix_jax.method.augment import AUGMENTATIONS
 from sammix_jax.method.objective import CLASSIFICATION_LOSSES
 from sammix_jax.method.preprocess import to_rgb
+from sammix_jax.models.baselines.layers import learn_from_shown
 from sammix_jax.models.baselines.multimix import MultiMix
 from sammix_jax.systems.masked import DROPOUT, STRONG, keys_for, segmentation, view_all
 from sammix_jax.systems.multimix_loss import kl_loss, pseudo_label_loss
@@ -94,7 +95,8 @@ class MultiMixSystem(System):
 
     def _apply(self, variables: dict, images: jax.Array, keys: jax.Array):
         keys = keys_for(keys, DROPOUT)
-        return self.model.apply(variables, self._inputs(images), train=True, keys=keys)
+        output = self.model.apply(variables, self._inputs(images), train=True, keys=keys)
+        return learn_from_shown(output, images)
 
     def _inputs(self, images: jax.Array) -> jax.Array:
         """(B, H, W) → (B, H, W, 1)."""

@@ -13,6 +13,7 @@ def system_rules(config) -> Iterator[tuple[str, bool, str]]:
     """Yields fields with whether they are sound for `model.system`, and what is expected."""
     system, model = config.model.system, config.model
     if system != "sam_mix":
+        yield "model.freeze_batch_norm", not model.freeze_batch_norm, "False"
         yield "consistency.weight", config.consistency.weight == 0, "0"
         yield "train.box", config.train.box == "cam", "cam, its default,"
         warmup = config.train.classifier_warmup_steps
@@ -20,6 +21,7 @@ def system_rules(config) -> Iterator[tuple[str, bool, str]]:
         yield "model.classifier_weights", not model.classifier_weights, "none"
     if system not in HOLD_SAM:
         yield "model.sam_weights", not model.sam_weights, "none"
+        yield "model.remat", model.remat == "none", "none"
     if system != "prompted_sam":
         yield "model.prompt", model.prompt == "none", "none"
     if system == "sam_mix":

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sammix_jax.method.preprocess import to_rgb
+from sammix_jax.models.baselines.layers import learn_from_shown
 from sammix_jax.models.baselines.transunet import TransUNet
 from sammix_jax.models.baselines.unet import (
     NnUnet2d,
@@ -41,6 +42,7 @@ class Segmenter(System):
             keys=keys_for(view.key, DROPOUT),
             mutable=["batch_stats"],
         )
+        output = learn_from_shown(output, view.images)
         finest, metrics = segmentation(output.logits, view, weights)
         losses = [finest]
         for logits in output.deep:

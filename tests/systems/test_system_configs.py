@@ -42,6 +42,8 @@ def test_headlines_and_what_may_be_scored():
         ("prompted_sam", "train.box", "gt", "cam"),
         ("unet", "model.prompt", "points", "none"),
         ("unet", "input.normalise", "sam", "minmax or unit"),
+        ("transunet", "model.freeze_batch_norm", True, "False"),
+        ("multimix", "model.remat", "blocks", "none for"),
     ],
 )
 def test_what_does_not_go_with_a_system(name, field, value, expected):

@@ -19,6 +19,7 @@ from sammix_jax.models.baselines.layers import (
     dropout,
     dropout_keys,
     expect_images,
+    learn_from_shown,
     upsample,
 )
 from sammix_jax.models.baselines.output import SegmenterOutput
@@ -263,6 +264,8 @@ class TransUNet(nn.Module):
             x = layer(x, keys)
         x = LayerNorm(dtype=self.dtype, name="norm")(x)
         x = x.reshape(b, h, w, d)  # (B, N, D) → (B, H, W, D)
+        # Before the decoder, whose batch norm gives a slice a part in the gradients of the others.
+        x, skips = learn_from_shown((x, skips), images)
 
         x = DecoderBlock(sizes.head_width, 1, False, self.dtype, name="decoder0")(x, None, train)
         for i, (width, skip) in enumerate(zip(sizes.decoder, (*skips, None), strict=True), 1):
