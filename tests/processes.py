@@ -28,9 +28,9 @@ def start(arguments, devices: int = 1, **environment) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    """Waits for the end and expects its exit code; returns what was printed."""
-    output, _ = process.communicate(timeout=600)
+def finish(process: subprocess.Popen, code: int = 0, seconds: float = 600) -> str:
+    """Waits so long for the end, and expects its exit code; returns what was printed."""
+    output, _ = process.communicate(timeout=seconds)
     assert process.returncode == code, output
     return output
 

@@ -26,6 +26,9 @@ from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import TrainState, make_train_step
 
+# Who asks for the layouts first waits until all of them are compiled and have run.
+pytestmark = pytest.mark.timeout(2400)
+
 TOLERANCE = 1e-5
 
 # What a layout changes is what is shared out, not how well a program is optimised.
@@ -37,10 +40,10 @@ def steps_taken(tmp_path_factory):
     """'DEVICES-FSDP-ACCUMULATE' → what ten steps gave: on eight devices of one process, and on
     four devices of two. 'resumed': half on one device, the others from its checkpoint on eight."""
     folder = tmp_path_factory.mktemp("layouts")
-    finish(start(["tests/layouts.py", folder / "one.npz"], devices=8, **QUICK))
+    finish(start(["tests/layouts.py", folder / "one.npz"], devices=8, **QUICK), seconds=1500)
     pair = start_several(["tests/layouts.py", folder / "two.npz"], 2, devices=2, **QUICK)
     for process in pair:
-        finish(process)
+        finish(process, seconds=800)
     found = {}
     for name in ("one.npz", "two.npz"):
         for key, value in np.load(folder / name).items():
