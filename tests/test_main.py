@@ -76,6 +76,7 @@ def test_what_an_earlier_checkpoint_made_is_made_anew(trained):
     assert "is trained and evaluated" not in again.stdout
     assert read_json(results)["checkpoint_step"] == found["checkpoint_step"]
     assert (folder / prediction).stat().st_mtime_ns > before
+    assert nib.load(folder / prediction).shape
 
 
 def test_the_example_is_a_scan_that_trained_nothing(tmp_path):
