@@ -30,7 +30,7 @@ demo: $(VENV)/core
 	$(BIN)/python -m sammix_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 # Tests compile more than they run.
-test: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
+test parity: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 test: $(VENV)/dev lint
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
