@@ -1,5 +1,7 @@
 """SAM in the layout of Hugging Face `transformers.SamModel`, and the folder that it loads."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from convert.rules import CONV, DECONV, LINEAR, NORM, VALUE, Rule, Table
@@ -106,7 +108,7 @@ HUGGING_FACE = Table(
 
 
 def write_folder(
-    folder: Path, arrays: dict[str, np.ndarray], sizes: SamVariant, normalise: str
+    folder: Path, arrays: dict[str, np.ndarray], sizes: SamVariant, images: Mapping[str, str]
 ) -> None:
     """Writes what `SamModel.from_pretrained` and `SamProcessor.from_pretrained` read.
 
@@ -114,7 +116,8 @@ def write_folder(
       folder: new or empty.
       arrays: in Hugging Face's layout.
       sizes: of the model and its images, for config.json.
-      normalise: `input.normalise` of the training, for preprocessor_config.json.
+      images: what is known of those that the model learned from: `normalise`, without which it is
+        SAM's, goes to preprocessor_config.json; and all to the weights' metadata, to come back.
 
     Raises:
       UserError: a file cannot be written; none is left then.
@@ -122,8 +125,8 @@ def write_folder(
     files = [folder / n for n in ("config.json", "preprocessor_config.json", "model.safetensors")]
     try:
         write_json(files[0], _model_config(sizes))
-        write_json(files[1], _processor_config(sizes, normalise))
-        save_arrays(files[2], arrays, {"format": "pt"})
+        write_json(files[1], _processor_config(sizes, images.get("normalise", "sam")))
+        save_arrays(files[2], arrays, {"format": "pt", **images})
     except UserError:
         for file in files:
             file.unlink(missing_ok=True)

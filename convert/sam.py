@@ -11,6 +11,7 @@ last. The layout and the variant are recognised from the content.
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import absl.logging
@@ -22,11 +23,12 @@ from flax import traverse_util
 from convert.hf_rules import HUGGING_FACE, write_folder
 from convert.rules import recognise
 from convert.sam_rules import OFFICIAL, SAM_MODELS, resize_tables, sam_shapes
-from convert.sources import caster, foreign, import_torch, read_tensors, to_torch
+from convert.sources import caster, foreign, import_torch, read_metadata, read_tensors, to_torch
 from sammix_jax.config import load_config
 from sammix_jax.config_rules import CHOICES
 from sammix_jax.data.files import whole_file
 from sammix_jax.data.paths import Path, as_path, resolved
+from sammix_jax.data.split_files import SPLIT
 from sammix_jax.errors import UserError
 from sammix_jax.inference import load_model
 from sammix_jax.models.lora import merge_lora
@@ -86,12 +88,15 @@ def convert(
     """
     path, output = as_path(path), as_path(output)
     form = _check_output(output, form)
+    if resolved(path) == resolved(output):
+        raise UserError(f"{output}: is the input; give another name, so that the original stays.")
     cast = caster(path, dtype)
     sam = load(path, cast)
     if normalise:
         known = sam.images.setdefault("normalise", normalise)
         if known != normalise:
             raise UserError(f"{path}: says normalise={known}, and --normalise={normalise}.")
+    notes = _notes(sam, form)
     if form == "sammix":
         metadata = {
             "kind": "sam",
@@ -106,13 +111,13 @@ def convert(
     else:
         resize_tables(sam.arrays, sam.variant, sam.image_size)
         sizes = dataclasses.replace(get_variant(sam.variant), image_size=sam.image_size)
-        write_folder(output, HUGGING_FACE.to_theirs(sam.arrays), sizes, sam.normalise)
-    return sam.variant, _notes(sam, form)
+        write_folder(output, HUGGING_FACE.to_theirs(sam.arrays), sizes, sam.images)
+    return sam.variant, notes
 
 
 def load(path: Path, cast) -> Loaded:
     """Reads a SAM from any source; `cast` is applied to every array."""
-    if path.is_dir() and (path / "checkpoints").is_dir():
+    if path.is_dir() and (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return _load_workdir(path, cast)
     if path.is_dir():
         path = _hugging_face_file(path)
@@ -124,7 +129,7 @@ def load(path: Path, cast) -> Loaded:
             variant = recognise(path, source, table, SAM_MODELS)
             digest = sha256(path)
             arrays = table.to_ours(sam_shapes(variant), source, cast)
-            return Loaded(arrays, variant, path.name, digest, {})
+            return Loaded(arrays, variant, path.name, digest, _of_images(read_metadata(path)))
     raise foreign(path, source, "a SAM: official, Hugging Face's or this project's")
 
 
@@ -141,6 +146,9 @@ def _load_workdir(workdir: Path, cast) -> Loaded:
             "that a SAM has no place for; expected add or none. Segment with this run by python "
             "-m sammix_jax.main --mode=predict, or train one with --config.cam.fusion=add."
         )
+    pretrained = workdir / f"sam_{config.model.sam}.safetensors"
+    if pretrained.exists() and not (workdir / SPLIT).exists():
+        raise UserError(f"{workdir}: a pretraining, which wrote {pretrained.name}: give that file.")
     variables = load_model(config, workdir).variables
     params = merge_lora(variables["params"]["sam"])
     leaves = traverse_util.flatten_dict(params, sep="/")
@@ -159,10 +167,18 @@ def _load_own(path: Path, cast) -> Loaded:
             f"{', '.join(SAM_MODELS)} is expected, as python -m convert.sam writes it."
         )
     arrays = {name: cast(array) for name, array in arrays.items()}
-    images = {key: metadata[key] for key in IMAGE_KEYS if key in metadata}
-    if not images.get("image_size", "1").isdecimal():
-        raise UserError(f"{path}: says image_size={images['image_size']}, expected a number.")
+    images, patch = _of_images(metadata), get_variant(variant).patch_size
+    size = images.get("image_size", str(patch))
+    if not size.isdecimal() or int(size) % patch or not int(size):
+        raise UserError(
+            f"{path}: says image_size={size}, expected a multiple of {variant}'s patch of {patch}."
+        )
     return Loaded(arrays, variant, path.name, sha256(path), images)
+
+
+def _of_images(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file's metadata says of the images that its model learned from."""
+    return {key: metadata[key] for key in IMAGE_KEYS if key in metadata}
 
 
 def _notes(sam: Loaded, form: str) -> list[str]:
@@ -170,6 +186,12 @@ def _notes(sam: Loaded, form: str) -> list[str]:
     if form == "sammix":  # its metadata says it
         return []
     notes, native, official = [], get_variant(sam.variant).image_size, form == "official"
+    stored = sam.arrays["image_encoder/patch_embed/kernel"].dtype
+    if not official and stored.itemsize < 4:
+        notes.append(
+            f"stored as {stored}, which transformers keeps, while its processor gives float32: "
+            "from_pretrained(..., dtype=torch.float32), or convert with --dtype=float32."
+        )
     if official and sam.variant == "mini":
         notes.append(
             "segment_anything's registry builds vit_b, vit_l and vit_h, no mini; transformers "
@@ -199,9 +221,14 @@ def _hugging_face_file(folder: Path) -> Path:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
+    if parts := [p.name for p in folder.glob("*.index.json")]:
+        raise UserError(
+            f"{folder}: a model in several files ({parts[0]}), expected one: save it again with "
+            "max_shard_size='100GB'."
+        )
     raise UserError(
-        f"{folder}: no model.safetensors (Hugging Face) and no checkpoints (a training run) there; "
-        "give a weight file, or one of these folders."
+        f"{folder}: no model.safetensors (Hugging Face), and no config.json with checkpoints (a "
+        "training run) there; give a weight file, or one of these folders."
     )
 
 

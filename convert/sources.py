@@ -28,7 +28,12 @@ _SIGNS = {
     "image_encoder.patch_embed.seq.0.c.weight": "a MobileSAM, which is another model",
 }
 # Names under which training scripts keep the weights beside an optimiser's state.
-_WRAPPERS = ("model", "state_dict", "model_state_dict")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_COMPILED = "_orig_mod."  # which torch.compile puts before what it compiled
+# Keys of LoRA that is not merged: PEFT's, and SAMed's.
+_UNMERGED = re.compile(r"\b(lora_\w+|base_layer|linear_[ab]_[qv])\b")
+# Types of numbers in .safetensors that NumPy holds.
+_NUMBERS = re.compile(r"BOOL|[IU](8|16|32|64)|F(16|32|64)|BF16")
 # What weights_only promises PyTorch keeps from here on: before, a file could corrupt memory
 # (CVE-2026-24747) or run code (CVE-2025-32434, before 2.6).
 _SAFE_TORCH = (2, 10)
@@ -47,17 +52,39 @@ def read_tensors(path) -> dict[str, Stored]:
     """The arrays of a `.safetensors` (no torch needed) or of a PyTorch file.
 
     A wrapper such as {'model': ...} is taken off, and what a training script put before the keys of
-    a known layout, such as `module.` or `model.`.
+    a known layout, such as `module.` or `model.`. A key without it is of something else, and is
+    named so that it fits nowhere.
 
     Raises:
-      UserError: a file that is missing, damaged, carries code, or holds other things than arrays.
+      UserError: a file that is missing, damaged, carries code, holds other things than arrays, or
+        LoRA beside the weights.
     """
     path = as_path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, expected a file, such as the model.safetensors in it.")
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     stored = _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
+    if unmerged := next(filter(_UNMERGED.search, stored), None):
+        raise UserError(
+            f"{path}: holds LoRA that is not merged ({unmerged}), expected a SAM's own arrays; "
+            "merge it into the model (PEFT: merge_and_unload) and save that."
+        )
+    plain = {key.replace(_COMPILED, ""): value for key, value in stored.items()}
+    stored = plain if len(plain) == len(stored) else stored
     prefix = _prefix(stored)
-    return {key.removeprefix(prefix): value for key, value in stored.items()}
+    return {
+        key.removeprefix(prefix) if key.startswith(prefix) else f"{key} (without {prefix})": value
+        for key, value in stored.items()
+    }
+
+
+def read_metadata(path) -> dict[str, str]:
+    """What a `.safetensors` says of itself; {} of other files."""
+    if as_path(path).suffix != ".safetensors":
+        return {}
+    with local_copy(path) as local, safe_open(local, framework="np") as file:
+        return file.metadata() or {}
 
 
 def _prefix(keys: Collection[str]) -> str:
@@ -79,10 +106,16 @@ def foreign(path, source: Mapping[str, Stored], expected: str) -> UserError:
 def caster(path, dtype: str | None) -> Callable[[np.ndarray], np.ndarray]:
     """Returns a function to `dtype`; None keeps each array's type.
 
-    The function raises a UserError where a finite value does not fit, or a value is not finite.
+    The function raises a UserError where an array is not of floating point, a finite value does not
+    fit, or a value is not finite.
     """
 
     def cast(array: np.ndarray) -> np.ndarray:
+        if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+            raise UserError(
+                f"{path}: an array of {array.dtype} where a model has weights, expected floating "
+                "point; of a quantised model take the original."
+            )
         # ml_dtypes gives NumPy its bfloat16.
         with np.errstate(over="ignore"):  # told below, with the file's name
             result = array if dtype is None else array.astype(dtype, copy=False)
@@ -100,11 +133,13 @@ def _safetensors(path: Path) -> dict[str, Stored]:
     try:
         with local_copy(path) as local:
             file = safe_open(local, framework="np")  # stays open when the copy is gone
+        found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        odd = [key for key, part in found.items() if not _NUMBERS.fullmatch(part.get_dtype())]
+        if odd:
+            raise _odd(path, odd)
         return {
-            key: Stored(
-                tuple(file.get_slice(key).get_shape()), functools.partial(file.get_tensor, key)
-            )
-            for key in file.keys()  # noqa: SIM118
+            key: Stored(tuple(part.get_shape()), functools.partial(file.get_tensor, key))
+            for key, part in found.items()
         }
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -126,17 +161,10 @@ def _pytorch(path: Path) -> dict[str, Stored]:
     except Exception as error:  # damage shows as any of Python's errors
         raise _refuse(path, str(error) or type(error).__name__) from error
     if isinstance(content, dict):
-        inner = [name for name in _WRAPPERS if isinstance(content.get(name), dict)]
-        content = content[inner[0]] if inner else content
-    if not isinstance(content, dict):
-        odd = [type(content).__name__]
-    else:
-        odd = [k for k, v in content.items() if not (isinstance(k, str) and _is_array(v))]
-    if odd:
-        raise UserError(
-            f"{path}: holds {', '.join(map(str, odd[:8]))} beside or instead of arrays; expected a "
-            "state dict, name → dense tensor of plain numbers: save that alone."
-        )
+        inner = [content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)]
+        content = min(inner, key=lambda inside: len(_not_arrays(inside)), default=content)
+    if odd := _not_arrays(content):
+        raise _odd(path, odd)
     return {
         key: Stored(tuple(value.shape), functools.partial(_to_numpy, value))
         for key, value in content.items()
@@ -150,8 +178,24 @@ def _check_sums(path: Path, local) -> None:
     with zipfile.ZipFile(local) as file:
         if damaged := file.testzip():
             raise UserError(
-                f"{path}: damaged: {damaged} is not what its checksum says; fetch the file again."
+                f"{path}: damaged: {damaged} is not what its checksum says; fetch the file again. "
+                "One that torch.serialization.set_crc32_options(False) left without checksums has "
+                "to be saved with them."
             )
+
+
+def _not_arrays(content) -> list:
+    """What a state dict would not have."""
+    if not isinstance(content, dict):
+        return [type(content).__name__]
+    return [key for key, v in content.items() if not (isinstance(key, str) and _is_array(v))]
+
+
+def _odd(path: Path, odd: list) -> UserError:
+    return UserError(
+        f"{path}: holds {', '.join(map(str, odd[:8]))} beside or instead of arrays; expected a "
+        "state dict, name → dense tensor of plain numbers: save that alone."
+    )
 
 
 def _is_array(value) -> bool:

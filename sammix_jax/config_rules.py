@@ -254,7 +254,8 @@ def check_weight_files(config) -> None:
     for field in ("model.sam_weights", "model.classifier_weights"):
         file = _get(config, field)
         if file and not as_path(file).is_file():
-            raise UserError(f"{field}={file}: no such file; docs/weights.md tells how to make it.")
+            found = "a folder, expected a file" if as_path(file).is_dir() else "no such file"
+            raise UserError(f"{field}={file}: {found}; docs/weights.md tells how to make it.")
 
 
 def _get(config, field: str):

@@ -197,6 +197,24 @@ def test_lightnings_checkpoints(files, tmp_path):
     assert_same_state(torch.load(tmp_path / "back.pth", weights_only=True), state)
 
 
+def test_what_stands_around_the_weights_is_taken_off(files, tmp_path):
+    """DeepSpeed's wrapper; and one whose name another thing has."""
+    state = torch.load(files / "sam.pth", weights_only=True)
+    for wrapped in (
+        {"module": state, "ds_version": "0.15"},
+        {"model": {"name": "vit"}, "state_dict": state},
+    ):
+        torch.save(wrapped, tmp_path / "given.pth")
+        convert(tmp_path / "given.pth", tmp_path / "back.pth")
+        assert_same_state(torch.load(tmp_path / "back.pth", weights_only=True), state)
+
+
+def test_a_folder_in_half_precision_says_how_to_load_it(files, tmp_path):
+    _, notes = convert(files / "sam.pth", tmp_path / "half", dtype="float16")
+    assert [note.partition(",")[0] for note in notes] == ["stored as float16"]
+    assert convert(files / "sam.pth", tmp_path / "whole")[1] == []
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_in_and_out(files, tmp_path, dtype):
     half = {

@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="pip install -r requirements/convert.txt")
 
+from safetensors.torch import save_file
+
 from convert import classifier, sam
 from convert.sam_rules import OFFICIAL, sam_shapes
 from sammix_jax.errors import UserError
@@ -122,6 +124,23 @@ def test_a_pytorch_that_is_not_safe(refused, monkeypatch):
     refused(state(), r"PyTorch 2\.9\.1\+cpu may run code .*expected 2\.10 or newer")
 
 
+def test_float8_in_safetensors(tmp_path):
+    eighth = {key: value.to(torch.float8_e4m3fn) for key, value in state().items()}
+    save_file(eighth, tmp_path / "given.safetensors")
+    with pytest.raises(UserError, match=r"given\.safetensors: holds .*plain numbers"):
+        sam.convert(tmp_path / "given.safetensors", tmp_path / "out.pth", dtype="float32")
+
+
+def test_files_without_checksums(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state(), tmp_path / "given.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with pytest.raises(UserError, match=r"set_crc32_options\(False\) left without checksums"):
+        sam.convert(tmp_path / "given.pth", tmp_path / "out.safetensors")
+
+
 def test_truncated_safetensors(tmp_path):
     torch.save(state(), tmp_path / "sam.pth")
     path = tmp_path / "sam.safetensors"
@@ -186,7 +205,7 @@ def test_outputs_are_checked_first(tmp_path):
             sam.convert(tmp_path / "sam.pth", tmp_path / name)
     with pytest.raises(UserError, match=r"--format=official expects a name ending in \.pth"):
         sam.convert(tmp_path / "sam.pth", tmp_path / "out.safetensors", "official")
-    with pytest.raises(UserError, match=r"no model\.safetensors .* and no checkpoints"):
+    with pytest.raises(UserError, match=r"no model\.safetensors .* and no config\.json"):
         sam.convert(tmp_path, tmp_path / "out.safetensors")
     with pytest.raises(UserError, match="is a folder; expected the name of a file"):
         (tmp_path / "dir.pth").mkdir()

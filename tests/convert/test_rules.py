@@ -19,7 +19,7 @@ from convert.sources import Stored, caster
 from sammix_jax.config import claim_workdir
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam.variants import VARIANTS
-from sammix_jax.weights import load_predictor, read_weights
+from sammix_jax.weights import load_predictor, read_weights, write_weights
 
 KEEP = caster("", None)
 
@@ -173,8 +173,90 @@ def test_a_key_without_the_others_beginning_is_named(tmp_path):
     theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini")))
     mixed = {f"sam.{key}": array for key, array in theirs.items()} | {"head.bias": np.zeros(2)}
     save_file(mixed, tmp_path / "given.safetensors")
-    with pytest.raises(UserError, match=r"Closest is mini: 1 unexpected \(head\.bias\)"):
+    with pytest.raises(UserError, match=r"mini: 1 unexpected \(head\.bias \(without sam\.\)\)"):
         sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_two_modules_are_not_taken_for_one(tmp_path, twice):
+    """A wrapper beside a copy of its decoder; and a model in two halves."""
+    theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini")))
+    copied = {key: value for key, value in theirs.items() if key.startswith("mask_decoder.")}
+    inside = theirs if twice else {k: v for k, v in theirs.items() if k not in copied}
+    save_file(
+        {f"sam.{key}": array for key, array in inside.items()} | copied,
+        tmp_path / "given.safetensors",
+    )
+    with pytest.raises(UserError, match=rf"{len(copied)} unexpected \(mask_decoder.*without sam"):
+        sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+
+
+def test_a_part_that_was_compiled(tmp_path):
+    ours = random_arrays(sam_shapes("mini"))
+    theirs = {
+        key.replace("image_encoder.", "image_encoder._orig_mod."): array
+        for key, array in OFFICIAL.to_theirs(dict(ours)).items()
+    }
+    save_file(theirs, tmp_path / "given.safetensors")
+    sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+    assert_equal(read_weights(tmp_path / "sam.safetensors")[0], ours)
+
+
+@pytest.mark.parametrize("key", ["blocks.0.attn.qkv.lora_A.default.weight", "a.linear_b_v.weight"])
+def test_lora_that_is_not_merged(tmp_path, key):
+    theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini"))) | {key: np.ones((2, 2), "f4")}
+    save_file(theirs, tmp_path / "given.safetensors")
+    with pytest.raises(UserError, match=r"LoRA that is not merged \(.*merge_and_unload"):
+        sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+
+
+def test_what_is_known_of_the_images_comes_back_from_a_folder(tmp_path):
+    metadata = {"kind": "sam", "model": "mini", "source": "", "sha256": ""}
+    known = {"normalise": "minmax", "image_size": "128"}
+    write_weights(tmp_path / "a.safetensors", random_arrays(sam_shapes("mini")), metadata | known)
+    sam.convert(tmp_path / "a.safetensors", tmp_path / "hf")
+    sam.convert(tmp_path / "hf", tmp_path / "b.safetensors")
+    found = read_weights(tmp_path / "b.safetensors")[1]
+    assert {key: found[key] for key in known} == known
+
+
+def test_weights_are_no_whole_numbers(tmp_path):
+    theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini")))
+    quantised = {key: (10 * array).astype(np.int8) for key, array in theirs.items()}
+    save_file(quantised, tmp_path / "given.safetensors")
+    with pytest.raises(UserError, match="an array of int8 where a model has weights"):
+        sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors", dtype="float32")
+
+
+def test_what_is_given_stays(tmp_path):
+    path = tmp_path / "sam.safetensors"
+    save_file(OFFICIAL.to_theirs(random_arrays(sam_shapes("mini"))), path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="is the input; give another name"):
+        sam.convert(path, path, dtype="float16")
+    assert path.read_bytes() == before
+
+
+def test_folders_that_hold_no_one_file(tmp_path):
+    def refused(match: str) -> None:
+        with pytest.raises(UserError, match=match):
+            sam.convert(tmp_path, tmp_path / "sam.safetensors")
+
+    refused("no model.safetensors")
+    (tmp_path / "checkpoints").mkdir()  # as Lightning has, without a config of ours
+    refused("no config.json with checkpoints")
+    (tmp_path / "model.safetensors.index.json").touch()
+    refused(r"a model in several files \(model\.safetensors\.index\.json\)")
+    with pytest.raises(UserError, match="a folder, expected a file"):
+        classifier.convert(tmp_path, tmp_path / "resnet.safetensors")
+
+
+def test_a_pretraining_wrote_its_file(tmp_path):
+    claim_workdir(small_config(), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "sam_mini.safetensors").touch()
+    with pytest.raises(UserError, match=r"which wrote .*sam_mini\.safetensors: give that"):
+        sam.convert(tmp_path, tmp_path / "sam.pth")
 
 
 def test_the_file_may_not_tell_its_images(tmp_path):

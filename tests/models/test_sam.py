@@ -115,6 +115,18 @@ def test_images_and_prompts_together_equal_one_by_one():
             np.testing.assert_allclose(iou[b, p], one_iou[0, 0], atol=2e-5)
 
 
+def test_labels_may_be_of_any_type():
+    """SAM's padding point is -1, which booleans cannot hold."""
+    model, params, images, prompts = tiny()
+    points = {"points": prompts["points"], "labels": (prompts["labels"] == 1).astype(jnp.int32)}
+    expected, _ = answer(model, params, images, points)
+    for dtype in (jnp.bool_, jnp.uint8, jnp.float32):
+        found, _ = answer(
+            model, params, images, points | {"labels": points["labels"].astype(dtype)}
+        )
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_transposed_image_gives_transposed_masks():
     """H and W are treated alike: swap both axes of everything and the answer is swapped."""
     model, params, images, prompts = tiny()
@@ -231,6 +243,10 @@ def test_bad_arguments_are_named():
         decode(input_size=(W, H))
     with pytest.raises(ValueError, match="points without labels"):
         decode(points=prompts["points"])
+    with pytest.raises(
+        ValueError, match="2 images with 0 prompts each: there is nothing to answer"
+    ):
+        decode(boxes=jnp.zeros((2, 0, 4)))
     with pytest.raises(ValueError, match=r"boxes have shape \(2, 4\)"):
         decode(boxes=jnp.zeros((2, 4)))
     with pytest.raises(ValueError, match=r"masks have shape .*expected \(2, 3, 24, 40\)"):

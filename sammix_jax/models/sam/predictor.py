@@ -128,7 +128,7 @@ class SamPredictor:
 
         Args:
           point_coords: (N, 2) pixels of the original image, x then y; needs `point_labels`.
-          point_labels: (N,) integers: 1 inside the object, 0 outside.
+          point_labels: (N,) integers: 1 inside the object, 0 outside, -1 padding.
           box: (4,) or (1, 4) pixels of the original image: x and y of the top left, then of the
             bottom right.
           mask_input: (1, 4h, 4w) logits, one of the `low_res_logits` of an earlier answer; 4h is
@@ -144,7 +144,8 @@ class SamPredictor:
 
         Raises:
           RuntimeError: no image is set.
-          ValueError: shapes other than these, or points without labels or the reverse.
+          ValueError: shapes or labels other than these, points without labels or the reverse, or
+            coordinates that are not finite.
         """
         if not self.is_image_set:
             raise RuntimeError("No image is set: call set_image(image) before predict.")
@@ -186,6 +187,14 @@ class SamPredictor:
                 "every point one label."
             )
 
+        if point_labels is not None and not np.isin(point_labels, (-1, 0, 1)).all():
+            raise ValueError(
+                f"point_labels are {np.asarray(point_labels).tolist()}. {_FIX['point_labels']}"
+            )
+        for name, value in (("point_coords", point_coords), ("box", box)):
+            if value is not None and not np.isfinite(np.asarray(value, np.float64)).all():
+                raise ValueError(f"{name} holds NaN or infinity. {_FIX[name]}")
+
         # As the original does: scaled in float64, then rounded once to float32.
         ratio = np.divide(self.input_size, self.original_size)[::-1]
         prompts = {}
@@ -203,7 +212,7 @@ class SamPredictor:
 
 _FIX = {
     "point_coords": "Give each point as x, y in pixels of the original image.",
-    "point_labels": "Give each point 1 (inside) or 0 (outside).",
+    "point_labels": "Give each point 1 (inside), 0 (outside) or -1 (padding).",
     "box": (
         "Give one box as x0, y0, x1, y1; for several, give predictor.features as embeddings to "
         "predict_masks."

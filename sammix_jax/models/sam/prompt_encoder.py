@@ -122,7 +122,8 @@ class PromptEncoder(nn.Module):
             prompt P = 1.
 
         Raises:
-          ValueError: points without labels or the reverse, or shapes that do not agree.
+          ValueError: points without labels or the reverse, no image or no prompt, or shapes that do
+            not agree.
         """
         p = _check_prompts(batch_size, grid_size, points, labels, boxes, masks)
         h, w = grid_size
@@ -151,6 +152,7 @@ class PromptEncoder(nn.Module):
     def _embed_points(
         self, points: jax.Array, labels: jax.Array, input_size: tuple[int, int], pad: bool
     ) -> jax.Array:
+        labels = jnp.asarray(labels, jnp.int32)  # of booleans, -1 would be True
         if pad:
             points = jnp.pad(points, ((0, 0), (0, 0), (0, 1), (0, 0)))
             labels = jnp.pad(labels, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
@@ -183,6 +185,11 @@ def _check_prompts(
         "boxes": (batch_size, p, 4),
         "masks": (batch_size, p, 4 * grid_size[0], 4 * grid_size[1]),
     }
+    if 0 in (batch_size, p):
+        raise ValueError(
+            f"{batch_size} images with {p} prompts each: there is nothing to answer; leave out "
+            "images without a prompt."
+        )
     for name, shape in given.items():
         if shape != expected[name]:
             raise ValueError(
