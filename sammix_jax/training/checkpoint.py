@@ -84,8 +84,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        self._latest.close()
-        self._best.close()
+        try:
+            self._latest.close()
+        finally:
+            self._best.close()
 
     @property
     def latest_step(self) -> int | None:

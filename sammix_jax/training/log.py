@@ -1,12 +1,15 @@
 """What a run reports while it trains: TensorBoard curves and the same numbers as CSV."""
 
+import contextlib
 import csv
 import logging
 import pathlib
 import tempfile
 import time
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from sammix_jax import hosts
 from sammix_jax.data.files import local_copy, whole_file
@@ -25,8 +28,8 @@ class TrainLog:
     """Appends to WORKDIR/metrics.csv and WORKDIR/tensorboard; a context manager.
 
     For a workdir in an object store both are written on this machine, and copied there every few
-    seconds and at the end; a copy that fails is told, and the next one holds all of it. Of several
-    processes the first one's are kept.
+    seconds and at the end. What cannot be written or copied is told, and ends no run: it goes with
+    the next. Of several processes the first one's are kept.
 
     Args:
       workdir: the run's folder.
@@ -47,29 +50,45 @@ class TrainLog:
             csv.writer(file).writerows([COLUMNS, *rows])
         self._file = open(path, "a", newline="")  # noqa: SIM115 — closed in __exit__
         self._csv = csv.writer(self._file)
-        # TensorBoard hides what it has from `purge_step` on, and the step that was reached stays.
-        folder = str(self._folder / "tensorboard")
-        self._tensorboard = SummaryWriter(folder, purge_step=start + 1)
+        # Not by `SummaryWriter`: its thread ends at the first write that fails, and when the queue
+        # before it is full, the run would wait for ever.
+        folder = self._folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        # TensorBoard hides what it has from here on, and the step that was reached stays.
+        log = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(step=start + 1, wall_time=time.time(), session_log=log))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
-        self._tensorboard.close()
+        for part in (self._file, self._events):
+            with self._telling():
+                part.close()
         if self._remote:
             self._upload()
         if self._temporary:
             self._temporary.cleanup()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._csv.writerow((step, name, f"{value:.6g}"))
-            self._tensorboard.add_scalar(name, value, step)
-        self._file.flush()
+        with self._telling():
+            self._csv.writerows((step, name, f"{value:.6g}") for name, value in metrics.items())
+            self._file.flush()
+        with self._telling():
+            values = [Summary.Value(tag=tag, simple_value=v) for tag, v in metrics.items()]
+            summary = Summary(value=values)
+            self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self._events.flush()
         if self._remote and time.monotonic() - self._uploaded > SECONDS_BETWEEN_UPLOADS:
-            self._tensorboard.flush()
             self._upload()
+
+    @contextlib.contextmanager
+    def _telling(self):
+        try:
+            yield
+        except OSError as error:  # what was not written stays in the file's buffer
+            _LOG.warning("%s: could not be written (%s)", self._folder, error)
 
     def _upload(self) -> None:
         for path in self._folder.rglob("*"):
