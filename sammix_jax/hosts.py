@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pathlib
 import signal
+import sys
 import threading
 
 import jax
@@ -18,7 +19,7 @@ TERMINATED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM stopped
 def join(multihost: bool | None = None) -> None:
     """Joins the other processes of the run, if there are any. Must precede any other use of JAX.
 
-    `jax.distributed.initialize()` finds them on Cloud TPU, under Slurm and under Open MPI;
+    `jax.distributed.initialize()` finds them on Cloud TPU, under Slurm and under Open MPI up to 4;
     elsewhere JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID tell of
     them.
 
@@ -42,8 +43,8 @@ def join(multihost: bool | None = None) -> None:
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"the processes of this run could not be joined ({error}); outside of Cloud TPU, Slurm "
-            "and Open MPI set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for "
-            "each, or say --nomultihost for a run of one process."
+            "and Open MPI up to 4 set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID for each, or say --nomultihost for a run of one process."
         ) from error
 
 
@@ -207,6 +208,17 @@ def let_sigterm_end() -> None:
         first = os.getpid() == 1
         ends = (lambda *_: os._exit(TERMINATED)) if first else signal.SIG_DFL
         signal.signal(signal.SIGTERM, ends)
+
+
+def leave(code: int) -> None:
+    """Ends a process that failed, where there are others: at once, so that they are told.
+
+    JAX would wait five minutes for them to come to their end too, and they for this one.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Terminated(Exception):

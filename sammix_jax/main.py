@@ -5,10 +5,13 @@ python -m sammix_jax.main --mode=predict --workdir=DIR --input=scan.nii.gz --out
 python -m sammix_jax.main --mode=summarise --workdir='runs/seed-*'
 """
 
+import collections
+import errno
 import logging
 import os
 import pathlib
 import sys
+import traceback
 
 import absl.logging
 import jax
@@ -94,6 +97,10 @@ _OUTPUT = flags.DEFINE_string(
 )
 
 
+# A disk or a quota that is full, or a folder that may only be read.
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def main(argv) -> int:
     if len(argv) > 1:
         return _fail(f"unexpected arguments {argv[1:]}; every option begins with --")
@@ -101,6 +108,8 @@ def main(argv) -> int:
     hosts.let_sigterm_end()  # until there is something to save
     try:
         hosts.join(_MULTIHOST.value)
+        if _MODE.value not in ("train", "pretrain"):  # of several processes JAX has its own handler
+            hosts.let_sigterm_end()
         if not hosts.is_first():  # which alone speaks to the user, but for errors
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 — for the rest of the process
         _log_to_terminal()
@@ -116,7 +125,18 @@ def main(argv) -> int:
         print(f"{stopped}; run the same command to go on.", file=sys.stderr)
         return hosts.TERMINATED
     except UserError as error:
-        return _fail(str(error))
+        _fail(str(error))
+        hosts.leave(1)
+        return 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_PLACE:
+            _fail(f"{error}; what was saved before is whole: make room and run the same command.")
+            hosts.leave(1)
+            return 1
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            hosts.leave(1)
+        raise
     return 0
 
 
@@ -292,8 +312,17 @@ def _summarise(workdirs: list[Path]) -> None:
 
 def _parse_flags(argv):
     """Names a misspelt field or preset, or a missing config file, without a traceback."""
+    given = collections.Counter(
+        arg.partition("=")[0] for arg in argv if arg.startswith("--config.")
+    )
     try:
-        return app.parse_flags_with_usage(argv)
+        parsed = app.parse_flags_with_usage(argv)
+        fields = config_flags.get_override_values(flags.FLAGS["config"])
+        for option, times in given.items():
+            # Absl would join the two, where of other values the last one counts.
+            if times > 1 and isinstance(fields.get(option.removeprefix("--config.")), tuple):
+                raise UserError(f"{option}: given {times} times, expected one value.")
+        return parsed
     except (AttributeError, KeyError) as error:
         sys.exit(_fail(_no_such_field(error)))
     except UserError as error:

@@ -5,9 +5,11 @@ import re
 import signal
 
 import pytest
+from conftest import small_config
 from processes import finish, start_several
 
 from sammix_jax import hosts
+from sammix_jax.config import claim_workdir
 from sammix_jax.errors import UserError
 from sammix_jax.training.log import read_log
 
@@ -107,6 +109,7 @@ import os, signal, sys, time
 import jax, numpy as np
 from jax.sharding import PartitionSpec, NamedSharding
 from sammix_jax import hosts
+from sammix_jax.config import claim_workdir
 from sammix_jax.data.files import write_json
 from sammix_jax.errors import UserError
 from sammix_jax.sharding import BatchLayout, make_mesh, place_batch
@@ -181,6 +184,7 @@ RESUMED = """
 import os, signal, sys, time
 import jax
 from sammix_jax import hosts
+from sammix_jax.config import claim_workdir
 hosts.join()
 hosts.any_process(False)
 me, when = jax.process_index(), sys.argv[1]
@@ -219,6 +223,57 @@ def test_a_resumed_run_of_two_is_stopped_by_a_signal_before_its_first_step(tmp_p
     assert int(stopped[0]) < 5100
     # With no state left to save the signal ends the process at once.
     assert "process 1 evaluates" in other and pair[1].returncode == -signal.SIGTERM
+
+
+FAILING = """
+import sys, time
+from absl import app
+from sammix_jax import evaluate, hosts, main
+from sammix_jax.errors import UserError
+def scored(config, workdir):
+    hosts.any_process(False)
+    print("scores", file=sys.stderr, flush=True)
+    if sys.argv[0].endswith("fails.py") and hosts.is_first():
+        raise UserError("the report could not be written")
+    time.sleep(90)
+main.evaluate.evaluate = scored
+app.run(main.main, flags_parser=main._parse_flags)
+"""
+
+
+@pytest.fixture
+def two_that_score(tmp_path):
+    """`start(name)`: two processes of `--mode=evaluate` with a stand-in for the scoring."""
+
+    def start(name: str):
+        (tmp_path / name).write_text(FAILING)
+        (tmp_path / "run").mkdir()
+        claim_workdir(small_config(), tmp_path / "run")
+        command = [tmp_path / name, "--mode=evaluate", f"--workdir={tmp_path / 'run'}"]
+        return start_several(command, 2, devices=1)
+
+    return start
+
+
+def test_one_that_fails_takes_the_others_along(two_that_score):
+    """At once, and with its own exit code: JAX would wait five minutes for them."""
+    first, second = two_that_score("fails.py")
+    told = finish(first, code=1, seconds=60)
+    assert "error: the report could not be written" in told
+    second.communicate(timeout=60)
+    assert second.returncode != 0
+
+
+def test_scoring_in_two_processes_ends_by_sigterm(two_that_score):
+    """There is nothing to save, and JAX's handler would wait for a step."""
+    pair = two_that_score("sleeps.py")
+    for process in pair:
+        while "scores" not in (line := process.stdout.readline()):
+            assert line, process.wait()
+    for process in reversed(pair):  # the first one's end would end the other
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGTERM
 
 
 def test_the_whole_command_in_two_processes(tmp_path):

@@ -125,6 +125,7 @@ def test_evaluate_and_predict_need_no_config(trained, tmp_path):
         (["--config.train.schedule=step"], "train.schedule='step': expected one of"),
         (["--mode=evaluate", "--config.data.root=elsewhere"], "--config.evaluate.root"),
         (["--config.input.window=(0.,100.)"], "input.window"),
+        (["--config.data.split=(2,1,1)"], "--config.data.split: given 2 times"),
         (["--mode=predict"], "--input"),
         (["leftover"], "leftover"),
     ],
@@ -135,6 +136,24 @@ def test_mistakes_are_named_without_a_traceback(trained, arguments, message):
     assert made.returncode != 0
     assert message in made.stderr
     assert "Traceback" not in made.stderr
+
+
+FULL = """
+import errno
+from absl import app
+from sammix_jax import main
+def run(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "a/file")
+main._run = run
+app.run(main.main, flags_parser=main._parse_flags)
+"""
+
+
+def test_a_full_disk_is_told(tmp_path):
+    command = [sys.executable, "-c", FULL, "--mode=evaluate", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "No space left on device: 'a/file'; what was saved before is whole" in done.stderr
 
 
 CROSS_DOMAIN = "--config=configs/totalsegmentator.py"
