@@ -1,5 +1,6 @@
 """What each config field may be. Checked before any work, so that a typing error costs nothing."""
 
+import math
 import re
 
 from sammix_jax.data import paper
@@ -60,10 +61,9 @@ TUPLES = {
     "input.window": "(low, high)",
     "log.profile": "(start, stop)",
 }
+WHOLE_NUMBERS = ("data.label_values", "evaluate.label_values", "model.widths")
+SEEDS = ("seed", "data.seed", "data.labels_seed", "evaluate.seed")
 AT_LEAST = {
-    "seed": 0,
-    "data.seed": 0,
-    "data.labels_seed": 0,
     "data.size": 16,
     "data.labelled_slices": 0,
     "data.workers": 0,
@@ -102,7 +102,6 @@ AT_LEAST = {
     "multimix.kl": 0,
     "evaluate.points": 1,
     "evaluate.scans": 0,
-    "evaluate.seed": 0,
     "evaluate.nsd_tolerance": 0,
     "evaluate.batch": 1,
     "mesh.fsdp": 1,
@@ -126,7 +125,11 @@ def check_config(config) -> None:
             faults.append(f"{field}={_get(config, field)!r}: expected {expected}")
 
     for field, form in TUPLES.items():
-        expect(field, len(_get(config, field)) == form.count(",") + 1, form)
+        values = _get(config, field)
+        numbers = all(isinstance(value, int | float) for value in values)
+        expect(field, numbers and len(values) == form.count(",") + 1, f"{form}, numbers")
+    for field in WHOLE_NUMBERS:
+        expect(field, all(isinstance(v, int) for v in _get(config, field)), "whole numbers")
     if faults:
         raise UserError("config: " + "; ".join(faults) + ".")
     for field, options in CHOICES.items():
@@ -138,6 +141,8 @@ def check_config(config) -> None:
     for field, least in AT_LEAST.items():
         expect(field, _get(config, field) >= least, f"at least {least}")
 
+    for field in SEEDS:
+        expect(field, 0 <= _get(config, field) < 2**32, "at least 0 and below 2**32")
     low, high = config.input.window
     expect("input.window", low < high, "(low, high) in HU with low < high")
     if config.data.resize == "paper":
@@ -168,10 +173,16 @@ def check_config(config) -> None:
         config.cam.method == "grad_cam" or config.cam.layer == "last",
         "grad_cam where cam.layer is not last",
     )
-    try:
-        re.compile(config.data.patient)
-    except re.error as error:
-        expect("data.patient", False, f"a regular expression ({error})")
+    patterns = [("train.trainable", pattern) for pattern in config.train.trainable]
+    for field, pattern in [("data.patient", config.data.patient), *patterns]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            expect(field, False, f"regular expressions; of {pattern!r}: {error}")
+    expect("train.trainable", len(config.train.trainable) > 0, "one pattern at least")
+    sound = min(config.data.split) >= 0 < config.data.split[0]
+    expect("data.split", sound, "parts of 0 or more, and training's above")
+    expect("train.epochs", math.isfinite(config.train.epochs), "a number")
     axes = "".join(sorted(config.data.default_orientation.translate(str.maketrans("RPI", "LAS"))))
     expect(
         "data.default_orientation",

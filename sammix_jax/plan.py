@@ -32,9 +32,8 @@ from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import jit_train_step, make_init
 
 GIB = 2**30
-# GiB that a program may take on each device, as the compiler tells of one that takes more. A chip
-# of v4 is two devices here.
-CHIPS = {"v4": 15.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+# GiB that a program may take on each device, as the compiler tells of one that takes more.
+CHIPS = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -103,8 +102,14 @@ def find_target(topology: str) -> Target:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     # No TPU is used, so nobody else need be kept from it.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    options = {}
+    if chip == "v4":  # whose two cores are one device to JAX
+        options["chip_config_name"] = "megacore"
+    grid = [int(side) for side in topology.partition(":")[2].split("x")]
+    if min(grid[:2]) < 2:  # hosts have 2 x 2 chips, but for such slices
+        options["chips_per_host_bounds"] = tuple(grid + [1] * (3 - len(grid)))
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as error:  # the library's own errors have no common class
         raise UserError(
             f"--topology={topology}: cannot be compiled for ({str(error).splitlines()[0]}); "

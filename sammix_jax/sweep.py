@@ -78,8 +78,11 @@ def _between(low: dict[int, StepPlan], high: dict[int, StepPlan], memory: int) -
         return max(low) + max(1, (min(high) - max(low)) // 2)
     tried = sorted((low | high).items(), key=lambda one: abs(one[1].total - memory))
     (a, at_a), (b, at_b) = tried[:2]
-    slope = max((at_a.total - at_b.total) / (a - b), 1)
-    foretold = a + math.floor((memory - at_a.total) / slope)
+    slope = (at_a.total - at_b.total) / (a - b)
+    # Of two small batches the larger may take less, and then they foretell nothing.
+    farthest = 8 * max(low)
+    foretold = a + math.floor((memory - at_a.total) / slope) if slope > 0 else 2 * max(low)
+    foretold = min(foretold, farthest)
     return max(max(low) + 1, min(foretold, min(high, default=math.inf) - 1))
 
 

@@ -51,11 +51,7 @@ def train(config, workdir, store: SliceStore) -> bool:
 
     # ---- Data
     split, labelled = load_or_draw(config, store, workdir)
-    if not config.evaluate.root and not split.part(config.evaluate.part):
-        raise UserError(
-            f"evaluate.part={config.evaluate.part}: that part of the split is empty, so the model "
-            "could not be scored; choose another, as in --config.evaluate.part=train."
-        )
+    _check_scoring(config.evaluate, split)
     others = slices_without_masks(config, store, split, labelled)
     sizes = (layout.labelled, layout.unlabelled)
     batches = Batches(store, tuple(labelled), others, sizes, config.seed)
@@ -160,6 +156,25 @@ def slices_without_masks(
         for s in store.slices(scan)
         if s not in taken and (taught or store.image_label(s) >= 0)
     )
+
+
+def _check_scoring(evaluate, split: Split) -> None:
+    """Refuses before the training what would only be found after it."""
+    if evaluate.root and not as_path(evaluate.root).exists():
+        raise UserError(
+            f"evaluate.root={evaluate.root}: no such folder, so the model could not be scored; "
+            "name one, or leave it out to score the split's scans."
+        )
+    if not evaluate.root and evaluate.scans:
+        raise UserError(
+            f"evaluate.scans={evaluate.scans}: draws from another folder; name it with "
+            "--config.evaluate.root=DIR, or set 0 to score the split's whole part."
+        )
+    if not evaluate.root and not split.part(evaluate.part):
+        raise UserError(
+            f"evaluate.part={evaluate.part}: that part of the split is empty, so the model could "
+            "not be scored; choose another, as in --config.evaluate.part=train."
+        )
 
 
 def _tell_of_frozen_noise(frozen: dict, sam_weights: str) -> None:

@@ -143,6 +143,15 @@ def test_the_mini_step_compiles_for_a_tpu_without_one(tiny):
 
 
 @needs_libtpu
+def test_slices_of_every_size():
+    """A chip of v4 is one device, of the memory of both its cores."""
+    v4 = find_target("v4:2x2x1")
+    assert (len(v4.devices), v4.memory) == (4, 30.75 * GIB)
+    for topology, count in {"v5e:1x1": 1, "v6e:2x1": 2, "v5p:1x1x1": 1, "v5e:2x4": 8}.items():
+        assert len(find_target(topology).devices) == count
+
+
+@needs_libtpu
 @pytest.mark.parametrize("fsdp", [1, 2, 8, 16])
 def test_a_mesh_of_tpus_may_divide_their_torus(fsdp):
     mesh = make_mesh(fsdp, find_target("v6e:4x4").devices)
@@ -192,6 +201,20 @@ def test_the_sweep_finds_the_largest_batch(config, monkeypatch, memory, gives_up
         else:
             assert best is None and "does not fit" in line
     assert (config.train.batch_labelled, config.train.batch_unlabelled) == (2, 6)
+
+
+def test_a_larger_batch_that_takes_less_foretells_nothing(config, monkeypatch):
+    config.train.batch_labelled = config.train.batch_unlabelled = 1
+    tried = []
+
+    def planned(config, _):
+        tried.append(config.train.batch_labelled)
+        total = {1: 318, 2: 313}.get(tried[-1], 300 + 10 * tried[-1])
+        return StepPlan("train", 2 * tried[-1], {}, total, 0, {})
+
+    monkeypatch.setattr(sweep, "plan_train", planned)
+    _, best = next(sweep.sweep(config, Target("fake", [None], 1575)))
+    assert best.slices == 2 * 127 and max(tried) < 1000
 
 
 def test_the_sweep_tries_what_the_system_knows(config, monkeypatch):

@@ -323,3 +323,17 @@ def test_epochs_count_slices_without_masks_and_steps_overrule(
     count = len(batches.unlabelled)
     assert (twice, half) == (math.ceil(2 * count / 5), math.ceil(0.5 * count / 5))
     assert steps_taken(steps=7) == 7
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("evaluate.root", "/nowhere", "evaluate.root=/nowhere: no such folder"),
+        ("evaluate.scans", 5, "evaluate.scans=5: draws from another folder"),
+    ],
+)
+def test_what_cannot_be_scored_is_not_trained(toy_config, tmp_path, field, value, match):
+    toy_config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=match):
+        train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+    assert not (tmp_path / "config.json").exists()
