@@ -11,7 +11,7 @@ from sammix_jax import train as train_module
 from sammix_jax.errors import UserError
 from sammix_jax.prepare import prepare
 from sammix_jax.train import train
-from sammix_jax.training import log, monitor
+from sammix_jax.training import monitor
 from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.log import read_log
 from sammix_jax.training.loop import save_interval
@@ -132,13 +132,6 @@ def test_the_mesh_is_the_configs(toy_config, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "make_mesh", stop)
     with pytest.raises(InterruptedError, match="2"):
         train(toy_config, tmp_path, None)
-
-
-def test_a_resumed_curve_keeps_the_point_it_goes_on_from(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(log, "SummaryWriter", lambda folder, purge_step: made.append(purge_step))
-    log.TrainLog(tmp_path, 40)
-    assert made == [41]  # the first step of which TensorBoard hides what there is
 
 
 def test_memory_is_that_of_the_process():
