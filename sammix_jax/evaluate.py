@@ -19,6 +19,7 @@ from sammix_jax.data.split_files import (
     kept_split,
     training_scans,
 )
+from sammix_jax.data.splits import scored_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.results import (
     CASES_SO_FAR,
@@ -137,20 +138,9 @@ def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
     """
     if config.evaluate.root:
         return _other_scans(config)
-    if config.evaluate.scans:
-        raise UserError(
-            f"evaluate.scans={config.evaluate.scans}: draws from another folder; name it with "
-            "--config.evaluate.root=DIR, or set 0 to score the split's whole part."
-        )
-    split = kept_split(workdir)
+    names = scored_scans(config.evaluate, kept_split(workdir))
     store = SliceStore.open(store_folder(config, workdir))
     records = store.records
-    names = split.part(config.evaluate.part)
-    if not names:
-        raise UserError(
-            f"evaluate.part={config.evaluate.part}: that part of the split is empty; choose "
-            "another with --config.evaluate.part=train."
-        )
     missing = sorted(set(names) - set(records))
     if missing:
         raise UserError(

@@ -210,8 +210,9 @@ def let_sigterm_end() -> None:
         signal.signal(signal.SIGTERM, ends)
 
 
-def leave(code: int) -> None:
-    """Ends a process that failed, where there are others: at once, so that they are told.
+def leave(code: int) -> int:
+    """Ends a process that failed, where there are others: at once, so that they are told. Alone it
+    gets its exit code back.
 
     JAX would wait five minutes for them to come to their end too, and they for this one.
     """
@@ -219,6 +220,7 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    return code
 
 
 class Terminated(Exception):

@@ -125,14 +125,11 @@ def main(argv) -> int:
         print(f"{stopped}; run the same command to go on.", file=sys.stderr)
         return hosts.TERMINATED
     except UserError as error:
-        _fail(str(error))
-        hosts.leave(1)
-        return 1
+        return hosts.leave(_fail(str(error)))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _NO_PLACE:
-            _fail(f"{error}; what was saved before is whole: make room and run the same command.")
-            hosts.leave(1)
-            return 1
+            told = f"{error}; what was saved before is whole: make room and run the same command."
+            return hosts.leave(_fail(told))
         if jax.distributed.is_initialized():
             traceback.print_exc()
             hosts.leave(1)

@@ -12,7 +12,7 @@ from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.split_files import keep, load_or_draw
-from sammix_jax.data.splits import Split, taught_scans
+from sammix_jax.data.splits import Split, scored_scans, taught_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.validate import validate
 from sammix_jax.inference import make_predict
@@ -160,20 +160,12 @@ def slices_without_masks(
 
 def _check_scoring(evaluate, split: Split) -> None:
     """Refuses before the training what would only be found after it."""
-    if evaluate.root and not as_path(evaluate.root).exists():
+    if not evaluate.root:
+        scored_scans(evaluate, split)
+    elif not as_path(evaluate.root).exists():
         raise UserError(
             f"evaluate.root={evaluate.root}: no such folder, so the model could not be scored; "
             "name one, or leave it out to score the split's scans."
-        )
-    if not evaluate.root and evaluate.scans:
-        raise UserError(
-            f"evaluate.scans={evaluate.scans}: draws from another folder; name it with "
-            "--config.evaluate.root=DIR, or set 0 to score the split's whole part."
-        )
-    if not evaluate.root and not split.part(evaluate.part):
-        raise UserError(
-            f"evaluate.part={evaluate.part}: that part of the split is empty, so the model could "
-            "not be scored; choose another, as in --config.evaluate.part=train."
         )
 
 

@@ -109,7 +109,6 @@ import os, signal, sys, time
 import jax, numpy as np
 from jax.sharding import PartitionSpec, NamedSharding
 from sammix_jax import hosts
-from sammix_jax.config import claim_workdir
 from sammix_jax.data.files import write_json
 from sammix_jax.errors import UserError
 from sammix_jax.sharding import BatchLayout, make_mesh, place_batch
@@ -184,7 +183,6 @@ RESUMED = """
 import os, signal, sys, time
 import jax
 from sammix_jax import hosts
-from sammix_jax.config import claim_workdir
 hosts.join()
 hosts.any_process(False)
 me, when = jax.process_index(), sys.argv[1]

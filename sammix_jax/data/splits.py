@@ -98,6 +98,30 @@ def whose(name: str, pattern: str) -> str:
     return patient_of(name, pattern) if re.search(pattern, name) else name
 
 
+def scored_scans(settings, split: Split) -> tuple[str, ...]:
+    """The scans of a split that an evaluation scores, where it names no other folder.
+
+    Args:
+      settings: the config's `evaluate`.
+      split: of the run.
+
+    Raises:
+      UserError: it draws from another folder, or the part that it names is empty.
+    """
+    if settings.scans:
+        raise UserError(
+            f"evaluate.scans={settings.scans}: draws from another folder; name it with "
+            "--config.evaluate.root=DIR, or set 0 to score the split's whole part."
+        )
+    names = split.part(settings.part)
+    if not names:
+        raise UserError(
+            f"evaluate.part={settings.part}: that part of the split is empty, so the model could "
+            "not be scored; choose another, as in --config.evaluate.part=train."
+        )
+    return names
+
+
 def taught_scans(names: Iterable[str], split: Split, pattern: str) -> tuple[str, ...]:
     """Of the scans without masks those that a teacher may teach on: of no patient who validates or
     tests.
