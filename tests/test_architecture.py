@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "sammix_jax"
 # A module may import those of its own row and of the rows below it.
 LAYERS = [
     {"main"},
+    {"options"},
     {"train", "evaluate", "predict", "sweep", "pretrain"},
     {"plan"},
     {"evaluation"},

@@ -226,7 +226,7 @@ def test_a_resumed_run_of_two_is_stopped_by_a_signal_before_its_first_step(tmp_p
 FAILING = """
 import sys, time
 from absl import app
-from sammix_jax import evaluate, hosts, main
+from sammix_jax import evaluate, hosts, main, options
 from sammix_jax.errors import UserError
 def scored(config, workdir):
     hosts.any_process(False)
@@ -235,7 +235,7 @@ def scored(config, workdir):
         raise UserError("the report could not be written")
     time.sleep(90)
 main.evaluate.evaluate = scored
-app.run(main.main, flags_parser=main._parse_flags)
+app.run(main.main, flags_parser=options.parse)
 """
 
 

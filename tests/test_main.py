@@ -141,11 +141,11 @@ def test_mistakes_are_named_without_a_traceback(trained, arguments, message):
 FULL = """
 import errno
 from absl import app
-from sammix_jax import main
+from sammix_jax import main, options
 def run(*_):
     raise OSError(errno.ENOSPC, "No space left on device", "a/file")
 main._run = run
-app.run(main.main, flags_parser=main._parse_flags)
+app.run(main.main, flags_parser=options.parse)
 """
 
 

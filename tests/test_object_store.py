@@ -11,7 +11,7 @@ from etils import epath
 from object_store import ObjectStore, upload
 from scored import DICES, evaluation
 
-from sammix_jax import main, prepare
+from sammix_jax import options, prepare
 from sammix_jax.config import check_workdir, claim_workdir, default_config, load_config
 from sammix_jax.config_rules import check_weight_files
 from sammix_jax.data import phantom
@@ -254,9 +254,9 @@ def test_results_report_and_means(tmp_path):
     found = load_results(config, str(run))
     assert found == read_json(folder / "results.json")
 
-    assert main._workdirs("gs://bucket/runs/seed-*") == [run]
+    assert options.workdirs("gs://bucket/runs/seed-*") == [run]
     with pytest.raises(UserError, match=r"^--workdir=gs://bucket/none-\*: no such folder"):
-        main._workdirs("gs://bucket/none-*")
+        options.workdirs("gs://bucket/none-*")
     with local_copy(folder / "cases.csv") as copy:
         assert len(copy.read_text().splitlines()) == 1 + len(made.cases)
     found["digests"] = dict.fromkeys(found["scans"], "12ab")

@@ -1,0 +1,163 @@
+"""The options of the command line, and the config that they make."""
+
+import collections
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from sammix_jax.config import default_config, load_config
+from sammix_jax.config_rules import check_config
+from sammix_jax.data.datasets import natural
+from sammix_jax.data.paths import Path, find_matching
+from sammix_jax.errors import UserError
+
+MODES = {
+    "train": "prepare if needed, train, evaluate, predict one case",
+    "prepare": "bring the scans into the slice store",
+    "pretrain": "train a promptable SAM on procedural scenes and write its weights",
+    "evaluate": "score the trained workdir",
+    "predict": "segment --input into --output",
+    "plan": "compile the steps of --config and tell what memory they take; needs no data",
+    "summarise": "mean results of several evaluated workdirs that differ by their seeds",
+}
+
+
+def _define_config():
+    """ml_collections applies `--config.field=value` to the default as soon as it is defined."""
+    default = pathlib.Path(__file__).with_name("config.py")
+    about = "The run's config; evaluate and predict take the workdir's without it."
+    try:
+        return config_flags.DEFINE_config_file("config", str(default), about)
+    except (AttributeError, KeyError) as error:
+        sys.exit(fail(_no_such_field(error)))
+    except UserError as error:
+        sys.exit(fail(str(error)))
+
+
+def _no_such_field(error: Exception) -> str:
+    """ml_collections wraps the KeyError that says what was meant in an AttributeError."""
+    cause = error.args[0]
+    text = cause.args[0] if isinstance(cause, KeyError) else cause
+    return f"--config: no such field: {' '.join(str(text).split())}"
+
+
+def fail(message: str) -> int:
+    """Tells what is wrong; the exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+CONFIG = _define_config()
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run; summarise: several, by a pattern or with commas between; plan needs none.",
+)
+MODE = flags.DEFINE_enum(
+    "mode", "train", list(MODES), "; ".join(f"{name}: {what}" for name, what in MODES.items())
+)
+MULTIHOST = flags.DEFINE_bool(
+    "multihost",
+    None,
+    "Whether this is one of several processes of a run; left out, the environment tells.",
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "plan: cpu, gpu, tpu, or a slice such as v5e:2x4; left out, the devices at hand.",
+)
+SWEEP = flags.DEFINE_bool(
+    "sweep", False, "plan: find the largest batch that fits, by compute type, remat and attention."
+)
+INPUT = flags.DEFINE_string("input", None, "predict: a NIfTI scan, or a folder of them.")
+OUTPUT = flags.DEFINE_string(
+    "output", None, "predict: the mask's file, or a folder. summarise: a folder for the means."
+)
+
+
+def parse(argv):
+    """`app.run`'s parser: names a misspelt field or preset, or a missing config file, without a
+    traceback."""
+    given = collections.Counter(
+        arg.partition("=")[0] for arg in argv if arg.startswith("--config.")
+    )
+    try:
+        parsed = app.parse_flags_with_usage(argv)
+        fields = config_flags.get_override_values(flags.FLAGS["config"])
+        for option, times in given.items():
+            # Absl would join the two, where of other values the last one counts.
+            if times > 1 and isinstance(fields.get(option.removeprefix("--config.")), tuple):
+                raise UserError(f"{option}: given {times} times, expected one value.")
+        return parsed
+    except (AttributeError, KeyError) as error:
+        sys.exit(fail(_no_such_field(error)))
+    except UserError as error:
+        sys.exit(fail(str(error)))
+    except OSError:
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        sys.exit(fail(f"--config={file}: cannot be loaded; there are some in configs/."))
+
+
+def config_for(mode: str, workdir: Path | None):
+    """The config of the command line, checked; what it leaves out, a trained workdir's own tells.
+
+    Raises:
+      UserError: a mode without the config that it needs, or one that cannot be.
+    """
+    config = _config_for(mode, workdir)
+    check_config(config)
+    return config
+
+
+def _config_for(mode: str, workdir: Path | None):
+    flag = flags.FLAGS["config"]
+    if mode in ("train", "prepare", "pretrain", "plan"):
+        if not flag.present:
+            raise UserError(f"--mode={mode} needs --config=configs/NAME.py.")
+        config = _named_config()
+        if lacking := sorted(set(default_config()) - set(config)):
+            raise UserError(
+                f"--config={config_flags.get_config_filename(flag)}: says nothing of "
+                f"{', '.join(lacking)}, so it makes no run; give it to --mode=evaluate with the "
+                "--workdir of one."
+            )
+        return config
+    overrides = config_flags.get_override_values(flag)
+    if "data.root" in overrides:
+        raise UserError(
+            f"--mode={mode} takes no data.root, it uses the workdir's scans; to score others give "
+            "--mode=evaluate --config.evaluate.root=DIR."
+        )
+    config = load_config(workdir)
+    if not flag.present:
+        config.update_from_flattened_dict(overrides)
+        return config
+    try:
+        config.update(_named_config())
+    except (KeyError, TypeError) as error:
+        file = config_flags.get_config_filename(flag)
+        raise UserError(f"--config={file}: does not fit the workdir's: {error}.") from error
+    return config
+
+
+def _named_config():
+    config = CONFIG.value
+    try:
+        config.lock()
+        return config
+    except OSError as error:  # a file that could not be loaded is told at its first use
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"--config={file}: no such file; there are some in configs/.") from error
+
+
+def workdirs(patterns: str) -> list[Path]:
+    """Workdirs by patterns with commas between, each once, in natural order."""
+    found = set()
+    for pattern in patterns.split(","):
+        folders = [path for path in find_matching(pattern.strip()) if path.is_dir()]
+        if not folders:
+            raise UserError(f"--workdir={pattern}: no such folder; give trained workdirs.")
+        found |= set(folders)
+    return sorted(found, key=lambda folder: natural(str(folder)))
