@@ -31,6 +31,7 @@ NAMES = {
     "labelled_only": "SAM-Mix, labelled slices only",
     "sam_mix_lora": "SAM-Mix, encoder frozen but for LoRA",
     "sam_mix": "SAM-Mix",
+    "sam_mix_teacher": "SAM-Mix with a teacher",
     "sam_mix_unprompted": "SAM-Mix, trained without prompts",
     "sam_mix_random": "SAM-Mix, SAM from random weights",
 }

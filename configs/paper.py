@@ -20,7 +20,7 @@ results.md has what it found): so far of U-Net, TransU-Net, MultiMix and SAM-Mix
 form has the rate of SAM-Mix's, the others have their configs' own.
 """
 
-from configs import quickstart
+from configs import labels, quickstart
 from configs.baselines import (
     multimix,
     nnunet,
@@ -69,6 +69,10 @@ SYSTEMS = {
     "labelled_only": (sam_mix_labelled_only.get_config, PRETRAINED | SAM_MIX),
     "sam_mix_lora": (quickstart.get_config, PRETRAINED | TRAINED["sam_mix_lora"] | SAM_MIX),
     "sam_mix": (quickstart.get_config, PRETRAINED | SAM_MIX),
+    "sam_mix_teacher": (
+        quickstart.get_config,
+        PRETRAINED | SAM_MIX | labels.VARIANTS["teacher"],
+    ),
     "sam_mix_unprompted": (
         quickstart.get_config,
         PRETRAINED | SAM_MIX | {"cam.box": False, "cam.fusion": "none"},

@@ -107,7 +107,8 @@ def test_sam_mix_has_a_tenth_of_the_baselines_steps():
 def test_who_starts_from_the_pretrained_sam():
     start = {system: get_config(system).model.sam_weights for system in SYSTEMS}
     sams = {"sam_pp_0", "sam_pp", "samed", "samed_lora"}
-    sams |= {"labelled_only", "sam_mix_lora", "sam_mix", "sam_mix_unprompted"}
+    sams |= {"labelled_only", "sam_mix_lora", "sam_mix", "sam_mix_teacher"}
+    sams |= {"sam_mix_unprompted"}
     weights = STARTS["pretrained"]["model.sam_weights"]
     assert {system for system, file in start.items() if file == weights} == sams
     assert {start[system] for system in SYSTEMS if system not in sams} == {""}
