@@ -22,7 +22,7 @@ from benchmarks.cells import write_csv
 from benchmarks.label_tables import label_cells, markdown, plot
 from benchmarks.rows import DOMAINS, place_row, run_rows
 from configs import labels
-from sammix_jax.systems.system import PROTOCOLS
+from sammix_jax.systems.sam_mix import SamMixSystem
 
 
 def row_config(variant: str, count: int, seed: int, folder: pathlib.Path, steps: int = 0):
@@ -52,7 +52,7 @@ def main() -> None:
     def write(rows) -> None:
         found = label_cells(rows)
         write_csv(found, args.workdir / "labels.csv")
-        (args.workdir / "labels.md").write_text(markdown(found, DOMAINS, PROTOCOLS))
+        (args.workdir / "labels.md").write_text(markdown(found, DOMAINS, SamMixSystem.protocols))
         plot(found, DOMAINS, args.workdir / "labels.png")
 
     run_rows(

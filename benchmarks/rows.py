@@ -58,7 +58,10 @@ def row_folder(folder: pathlib.Path, variant: str, count: int, seed: int) -> pat
 
 
 def finished_rows(config_of, folder: pathlib.Path) -> list[Row]:
-    """All rows in the folder that are trained and scored, by whichever run.
+    """All rows in the folder that are trained and scored in both domains, by whichever run.
+
+    One that was scored otherwise since in a domain, as with `evaluate.component=largest`, counts as
+    not scored there: what a record keeps of it stays.
 
     Raises:
       UserError: one was made with other settings than `config_of` says.
@@ -69,11 +72,14 @@ def finished_rows(config_of, folder: pathlib.Path) -> list[Row]:
         count, seed = int(count), int(seed)
         config, workdir = config_of(variant, count, seed), row_folder(folder, variant, count, seed)
         check_workdir(config, workdir)
+        scored = []
         for domain, root in zip(DOMAINS, scored_roots(folder), strict=True):
             config.evaluate.root = root
             if results.saved_results(config, workdir) is not None:
                 where = results.results_folder(config, workdir)
-                rows.append(Row(variant, count, seed, domain, where))
+                scored.append(Row(variant, count, seed, domain, where))
+        if len(scored) == len(DOMAINS):
+            rows += scored
     return rows
 
 

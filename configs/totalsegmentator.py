@@ -10,13 +10,18 @@ Expected  the paper states Dice 0.923 ± 0.004, HD 11.164 ± 0.021 for training 
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from sammix_jax.config import default_config
 
 
 def get_config():
-    config = ml_collections.ConfigDict({"evaluate": default_config().evaluate})
+    # Without a value: as the workdir has it, unless an option of the command line says otherwise.
+    fields = {
+        name: config_dict.placeholder(type(value))
+        for name, value in default_config().evaluate.items()
+    }
+    config = ml_collections.ConfigDict({"evaluate": fields})
     config.evaluate.scans = 20
     config.evaluate.seed = 0
-    config.evaluate.protocols = ("cam", "gt_box", "none")
     return config.lock()

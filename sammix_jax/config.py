@@ -270,6 +270,16 @@ def read_config(path) -> ml_collections.ConfigDict:
     return config
 
 
+def overlay(config, said) -> None:
+    """Sets in `config` what another config has a value for; what that has as None stays as it is.
+
+    Raises:
+      KeyError, TypeError: a field that `config` has not, or a value of another type.
+    """
+    fields = _flat(said.to_dict())
+    config.update_from_flattened_dict({k: v for k, v in fields.items() if v is not None})
+
+
 def _update(config, fields: dict, path) -> None:
     for key, value in fields.items():
         if key not in config:

@@ -7,7 +7,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from sammix_jax.config import default_config, load_config
+from sammix_jax.config import default_config, load_config, overlay
 from sammix_jax.config_rules import check_config
 from sammix_jax.data.datasets import natural
 from sammix_jax.data.paths import Path, find_matching
@@ -135,7 +135,7 @@ def _config_for(mode: str, workdir: Path | None):
         config.update_from_flattened_dict(overrides)
         return config
     try:
-        config.update(_named_config())
+        overlay(config, _named_config())
     except (KeyError, TypeError) as error:
         file = config_flags.get_config_filename(flag)
         raise UserError(f"--config={file}: does not fit the workdir's: {error}.") from error

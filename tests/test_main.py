@@ -32,6 +32,7 @@ SMALL = [
     "--config.train.batch_unlabelled=2",
     "--config.log.validate_every_steps=2",
     "--config.checkpoint.every_steps=2",
+    "--config.evaluate.component=largest",
 ]
 
 
@@ -173,6 +174,9 @@ def test_a_config_of_the_evaluation_alone_takes_the_rest_from_the_workdir(traine
     assert done.returncode == 0, done.stderr
     words = [line.split()[0] for line in done.stdout.splitlines() if line]
     assert [word for word in words if word in PROTOCOLS] == [*PROTOCOLS] * 2  # two tables
+    (results,) = folder.glob("evaluation/cases-*/results.json")
+    settings = read_json(results)["evaluate"]
+    assert (settings["scans"], settings["component"]) == (2, "largest")
 
 
 def test_a_config_of_the_evaluation_alone_makes_no_run(tmp_path):

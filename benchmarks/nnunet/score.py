@@ -13,6 +13,7 @@ from sammix_jax.config import load_config
 from sammix_jax.data import datasets, volumes
 from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.masks import read_mask
+from sammix_jax.data.nifti import CANONICAL
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.split_files import training_scans
 from sammix_jax.errors import UserError
@@ -20,6 +21,7 @@ from sammix_jax.evaluate import read_labelled, scan_digests
 from sammix_jax.evaluation.results import Evaluation, collect, results_folder, write_results
 from sammix_jax.evaluation.scores import PAPER_SIDE, Guidance, score_scan
 from sammix_jax.inference import SlicePredictions, VolumePrediction
+from sammix_jax.method.postprocess import keep_component
 
 # No prompt goes into nnU-Net, neither the true box nor a CAM's.
 PROTOCOL = "none"
@@ -51,13 +53,13 @@ def read_prediction(layout: Layout, case: str, scan: volumes.Volume) -> np.ndarr
       UserError: unreadable, values other than 0 and 1, or another grid or affine than that of the
         exported scan.
     """
-    affine = canonical_affine(scan)
     exported = volumes.Volume(
         path=layout.image("imagesTs", case),
         hu=scan.hu,
         spacing=scan.spacing,
-        affine=affine,
-        orientation=nib.io_orientation(affine),
+        affine=canonical_affine(scan),
+        # Of the exported voxels; the affine of a scan that lost its own says another.
+        orientation=nib.orientations.axcodes2ornt(CANONICAL),
     )
     try:
         return read_mask(layout.prediction(case), exported, (1,), (0, 1))
@@ -95,6 +97,7 @@ def _score(layout: Layout, exported: dict) -> Evaluation:
     for case, fields in tqdm(exported["cases"].items(), desc="score", unit="scan", disable=None):
         known = read_labelled(_scan(fields), config)
         mask = read_prediction(layout, case, known.volume)
+        mask = keep_component(mask, config.evaluate.component)
         prediction = as_prediction(mask, known.volume, config)
         cases += score_scan(known, prediction, (PROTOCOL,), at_paper_side)
         guidance.append(Guidance(known.organ_pixels > 0, None, None, None))

@@ -66,6 +66,12 @@ class Volume:
         return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
 
     @property
+    def is_sheared(self) -> bool:
+        """Whether two axes meet at another than a right angle by more than 0.6° (gantry tilt)."""
+        axes = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+        return bool(np.abs(axes.T @ axes - np.eye(3)).max() > 0.01)
+
+    @property
     def has_spacing(self) -> bool:
         """Whether the file knows its spacing."""
         return not lost_spacing(self.affine, self.placed)

@@ -67,8 +67,9 @@ both surfaces within {tolerance} mm of the other. Vol. error: |predicted − tru
 <p>A scan where truth and prediction are both empty is not scored; one where either is empty counts
 as a failure, with Dice and NSD 0 and the image's diagonal as a distance, and stays in the means;
 where the truth is empty there is no volume error. No number in mm or mL is given for scans whose
-file has lost its spacing. Gate by the classifier: {gate}. Components of a scan's mask that are
-kept: {component}.</p>
+file has lost its spacing, none in mm where a scan's axes are not at right angles (gantry tilt);
+"of n" says how many scans have a number. Gate by the classifier: {gate}. Components of a scan's
+mask that are kept: {component}.</p>
 {strips}
 
 <h2>To compare with the paper: slices with the organ, 256×256 pixels</h2>

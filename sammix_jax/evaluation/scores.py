@@ -45,7 +45,7 @@ class Case:
       scan, protocol: which.
       status, dice, nsd, hd95_mm, assd_mm, volume_error: as in `metrics.VolumeScore`, 3D, of all
         slices on the scan's own grid. No nsd, hd95_mm and assd_mm where the file has lost its
-        spacing.
+        spacing, or its grid is sheared (gantry tilt).
       slice_dice, slice_hausdorff_px: means over those kept slices that show the organ, on a grid of
         `PAPER_SIDE` squared: the columns to compare with the paper's. None without such slices.
       false_positive_ml: what is predicted on slices that do not show the organ, mL; this and the
@@ -107,6 +107,7 @@ def score_scan(
     squares = {z: square for z, square in squares.items() if square.any()}
     known = scan.volume.has_spacing
     voxel_ml = scan.volume.voxel_ml if known else None
+    measurable = known and not scan.volume.is_sheared  # surface-distance knows boxes alone
     cases = []
     for protocol in protocols:
         mask, logits = prediction.masks[protocol], prediction.slices.logits[protocol]
@@ -126,9 +127,9 @@ def score_scan(
                 protocol=protocol,
                 status=score.status,
                 dice=score.dice,
-                nsd=score.nsd if known else None,
-                hd95_mm=score.hd95 if known else None,
-                assd_mm=score.assd if known else None,
+                nsd=score.nsd if measurable else None,
+                hd95_mm=score.hd95 if measurable else None,
+                assd_mm=score.assd if measurable else None,
                 volume_error=score.volume_error,
                 slice_dice=slice_dice,
                 slice_hausdorff_px=slice_hausdorff,

@@ -28,8 +28,8 @@ def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
       with the scans that trained any of the models or chose its checkpoint, "runs" with each one's
       seeds, and "summary", "classifier" and "prompt" as in the results, each number replaced by
       {"mean", "std", "count"} over the runs that have one (None where none has): of each run's mean
-      over scans, with the sample's standard deviation, 0 of one run. Counts that all runs agree in
-      stay numbers.
+      over scans, with the sample's standard deviation, 0 of one run, and "scans", of how many in
+      the mean. Counts that all runs agree in stay numbers.
 
     Raises:
       UserError: no results; some that lack scans, repeat another run, or differ from the first in
@@ -143,4 +143,7 @@ def _over(values: list):
         return known[0]
     numbers = np.array([v["mean"] if isinstance(v, dict) else v for v in known], float)
     std = float(numbers.std(ddof=1)) if len(numbers) > 1 else 0.0
-    return {"mean": float(numbers.mean()), "std": std, "count": len(numbers)}
+    found = {"mean": float(numbers.mean()), "std": std, "count": len(numbers)}
+    if isinstance(known[0], dict):
+        found["scans"] = float(np.mean([value["count"] for value in known]))
+    return found

@@ -13,15 +13,13 @@ DIGITS = {
     "slice_dice": 3,
     "slice_hausdorff_px": 1,
     "false_positive_ml": 1,
-    "scored": 0,
-    "failures": 0,
-    "not_scored": 0,
     "accuracy": 3,
     "f1": 3,
     "auroc": 3,
     "box_iou": 3,
     "empty_cams": 3,
 }
+COUNTS = ("scored", "failures", "not_scored")
 PAPER_TITLE = "to compare with the paper: slices with the organ, 256x256 px"
 
 
@@ -52,9 +50,13 @@ def volume_rows(results: dict) -> Rows:
     tolerance = results["evaluate"]["nsd_tolerance"]
     head = ("protocol", "Dice", f"NSD {tolerance:g} mm", "HD95 [mm]", "ASSD [mm]", "vol. error")
     scores = ("nsd", "hd95_mm", "assd_mm", "absolute_volume_error")
-    counts = ("scored", "failures", "not_scored")
     rows = [
-        (p, text(s, "dice", interval=True), *(text(s, name) for name in (*scores, *counts)))
+        (
+            p,
+            text(s, "dice", interval=True),
+            *(text(s, name) + _of(s, name) for name in scores),
+            *(text(s, name) for name in COUNTS),
+        )
         for p, s in _items(results)
     ]
     return [(*head, "scored", "failures", "not scored"), *rows]
@@ -62,15 +64,19 @@ def volume_rows(results: dict) -> Rows:
 
 def paper_rows(results: dict) -> Rows:
     """A head and a row a protocol: what is scored per slice, as the paper does."""
-    rows = [(p, text(s, "slice_dice"), text(s, "slice_hausdorff_px")) for p, s in _items(results)]
+    scores = ("slice_dice", "slice_hausdorff_px")
+    rows = [(p, *(text(s, name) + _of(s, name) for name in scores)) for p, s in _items(results)]
     return [("protocol", "slice Dice", "slice HD [px]"), *rows]
 
 
 def text(scores: dict, name: str, interval: bool = False, spread: bool = True) -> str:
     """One score: mean ± standard deviation [interval] where it is over several, "–" if none."""
-    value, digits = scores[name], DIGITS[name]
+    value = scores[name]
     if value is None:
         return "–"
+    if name in COUNTS and not isinstance(value, dict):
+        return str(value)
+    digits = 1 if name in COUNTS else DIGITS[name]  # of a count's mean over runs
     if not isinstance(value, dict):
         return f"{value:.{digits}f}"
     shown = f"{value['mean']:.{digits}f}"
@@ -79,6 +85,16 @@ def text(scores: dict, name: str, interval: bool = False, spread: bool = True) -
     if interval and value.get("low") is not None:
         shown += f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
     return shown
+
+
+def _of(scores: dict, name: str) -> str:
+    """How many scans have this score, where they are fewer than were scored."""
+    value, scored = scores[name], scores["scored"]
+    if value is None:
+        return ""
+    scored = scored["mean"] if isinstance(scored, dict) else scored
+    scans = value.get("scans", value["count"])  # over runs `count` is of runs
+    return f" (of {scans:.3g})" if scans < scored else ""
 
 
 def _items(results: dict):

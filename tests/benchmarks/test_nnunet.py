@@ -13,8 +13,14 @@ from conftest import small_config
 from benchmarks.nnunet import __main__ as command_line
 from benchmarks.nnunet.commands import VARIABLES, commands, execute, script
 from benchmarks.nnunet.export import draw_negatives, export, patient_folds
-from benchmarks.nnunet.layout import canonical_affine, read_cases, slice_affine
-from benchmarks.nnunet.score import score
+from benchmarks.nnunet.layout import (
+    Layout,
+    canonical_affine,
+    read_cases,
+    slice_affine,
+    write_nifti,
+)
+from benchmarks.nnunet.score import read_prediction, score
 from sammix_jax import prepare
 from sammix_jax.data import phantom, volumes
 from sammix_jax.data.files import read_json
@@ -173,6 +179,19 @@ def test_affines_of_sheared_scans(write_scan, ct, order):
     np.testing.assert_allclose(np.cross(flat[:3, 2], affine[:3, 2]), 0, atol=1e-3)
 
 
+@pytest.mark.parametrize("orientation", ["", "RAS", "LAS", "PIR"])
+def test_a_prediction_for_a_scan_without_affine_lies_as_it_was_exported(
+    write_scan, ct, tmp_path, orientation
+):
+    scan = volumes.read_volume(write_scan("scan.nii", ct, np.eye(4)), orientation)
+    layout = Layout(tmp_path / "export", "Dataset501_liver")
+    affine = canonical_affine(scan)
+    write_nifti(layout.image("imagesTs", "test_0000"), scan.hu, affine)
+    truth = scan.hu > 60
+    write_nifti(layout.prediction("test_0000"), truth.astype(np.uint8), affine)
+    np.testing.assert_array_equal(read_prediction(layout, "test_0000", scan), truth)
+
+
 def test_test_scans_are_whole_and_in_canonical_order(layout, others):
     first, second = read_cases(layout.output)[1]["evaluations"]
     assert [scan["name"] for scan in first["cases"].values()] == (
@@ -294,6 +313,21 @@ def test_half_a_prediction(layout):
         whole = np.count_nonzero(np.asarray(nib.load(scan["label"]).dataobj))
         assert 0 < kept < whole
         assert evaluation.cases[0].dice == pytest.approx(2 * kept / (kept + whole), abs=1e-12)
+
+
+def test_the_largest_component_alone_as_the_run_has_it(prepared, others, tmp_path):
+    config = config_of_k()
+    config.evaluate.component = "largest"
+    made = export(config, prepared, tmp_path / "export", negatives=0, roots=[str(others)])
+
+    def with_a_corner(mask):
+        mask[0, 0, 0] = True
+        return mask
+
+    predict(made, with_a_corner)
+    for evaluation in score(made.output):
+        assert evaluation.results["evaluate"]["component"] == "largest"
+        assert evaluation.cases[0].dice == 1
 
 
 def test_predictions_on_another_grid(layout):

@@ -140,7 +140,8 @@ def test_means_over_seeds(run, tmp_path):
     by_run = [0.85, 0.75, 0.95]
     assert cam["dice"]["mean"] == pytest.approx(np.mean(by_run))
     assert cam["dice"]["std"] == pytest.approx(np.std(by_run, ddof=1))
-    assert cam["dice"]["count"] == 3 and cam["hd95_mm"] == {"mean": 5.0, "std": 0.0, "count": 2}
+    assert cam["dice"]["count"] == 3 and cam["dice"]["scans"] == 2
+    assert cam["hd95_mm"] == {"mean": 5.0, "std": 0.0, "count": 2, "scans": 2}
     assert cam["scored"] == 2 and cam["failures"]["mean"] == 1
     assert means["classifier"]["accuracy"]["mean"] == pytest.approx(2 / 3)
     assert [run["data.labels_seed"] for run in means["runs"]] == [0, 1, 2]

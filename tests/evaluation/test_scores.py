@@ -130,6 +130,19 @@ def test_a_lost_spacing_takes_every_millimetre(scan, config):
     assert case.volume_error == -0.5 and case.dice == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(("tilt", "measured"), [(0.0, True), (0.05, True), (1.0, False)])
+def test_a_sheared_grid_has_no_distances(scan, config, tilt, measured):
+    """Turned as a whole by 20° it has; tilted by as much as `tilt` mm a slice of 5 it has not."""
+    sheared = np.diag([*SPACING[::-1], 1.0])
+    sheared[1, 2] = tilt
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.35), -np.sin(0.35)], [np.sin(0.35), np.cos(0.35)]]
+    tilted = labelled(scan.truth, affine=turn @ sheared)
+    (case,) = score_scan(tilted, predicted(tilted, scan.truth, 256), ("cam",), config)
+    assert (case.nsd, case.hd95_mm, case.assd_mm) == ((1, 0, 0) if measured else (None,) * 3)
+    assert case.truth_ml == pytest.approx(scan.truth.sum() * 0.020) and case.dice == 1
+
+
 def test_the_cams_box_is_compared_where_the_organ_shows(scan):
     side = 64
     box = np.tile(np.array([0, 0, side, side], np.float32), (4, 1))

@@ -56,6 +56,25 @@ def test_what_is_not_known_is_not_made_up():
     assert text(scores(), "dice", spread=False) == "0.897"
 
 
+def test_scores_of_fewer_scans_say_of_how_many():
+    found = results(hd95_mm=moments(9.0, 1.0, 4), slice_dice=moments(0.8, 0.1, 5))
+    rows = {row[0]: row for row in volume_rows(found)}
+    assert rows["cam"][3:5] == ("9.0 ± 1.0 (of 4)", "14.0 ± 11.2")
+    assert rows["gt_box"][3] == "119.7 ± 109.4"
+    assert paper_rows(found)[1] == ("cam", "0.800 ± 0.100 (of 5)", "21.7 ± 4.7")
+
+
+def test_means_over_runs_round_no_failure_away():
+    """Runs of 6, 6 and 5 scans, of which one has no distance in one run."""
+    over = {"mean": 10.0, "std": 1.0, "count": 3, "scans": 16 / 3}
+    scored, failures = ({"mean": m, "std": 0.58, "count": 3} for m in (17 / 3, 1 / 3))
+    dice = {"mean": 0.9, "std": 0.1, "count": 3, "scans": 17 / 3}
+    found = results(hd95_mm=over, dice=dice, scored=scored, failures=failures)
+    row = volume_rows(found)[1]
+    assert row[1] == "0.900 ± 0.100" and row[3] == "10.0 ± 1.0 (of 5.33)"
+    assert row[-3:] == ("5.7 ± 0.6", "0.3 ± 0.6", "0")
+
+
 def test_a_tolerance_stands_in_the_head():
     other = results()
     other["evaluate"]["nsd_tolerance"] = 0.5
