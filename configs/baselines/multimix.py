@@ -22,9 +22,8 @@ def get_config(data="phantom"):
     if data == "phantom":
         config.train.learning_rate = 1e-3
     else:
-        # The same slices, windowed on the device: its strong views would drown the authors' float16
-        # values, which span a twentieth of [0, 1], and stretching each view to [0, 1] would undo
-        # what makes it strong.
+        # The same slices, windowed on the device (systems/rules.py says why); stretching each view
+        # to [0, 1] would undo what makes it strong.
         config.input.scaling = "window"
         config.input.normalise = "unit"
     return config

@@ -47,7 +47,13 @@ def pretrain(config, workdir) -> Path:
             f"pretrain.prompts={prompts}: expected an even number, half for boxes and half for "
             f"points, of {SHAPES} at most, the shapes of a scene."
         )
-
+    for field, found, expected in (
+        ("train.accumulate", config.train.accumulate, 1),
+        ("train.classifier_warmup_steps", config.train.classifier_warmup_steps, 0),
+        ("consistency.weight", config.consistency.weight, 0),
+    ):
+        if found != expected:
+            raise UserError(f"{field}={found}: expected {expected}; pretraining has no such thing.")
     if not 0 < config.train.steps >= config.pretrain.coarse_steps:
         raise UserError(
             f"train.steps={config.train.steps}: expected above 0, and "

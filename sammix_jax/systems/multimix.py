@@ -53,7 +53,7 @@ class MultiMixSystem(System):
         layout, weights, ours = part.layout, self.config.loss, self.config.multimix
         view = view_all(part, self.config)
         output = self._apply(variables, view.images, view.key)
-        # The published code makes strong views of the weak ones' slices; both are in register.
+        # Of the weak views, so that both are in register; the published code draws each on its own.
         keys = keys_for(layout.rest(view.key), STRONG)
         _, distort = AUGMENTATIONS[self.config.train.augmentation]
         strong = distort(layout.rest(view.images), keys, strength=2.0)

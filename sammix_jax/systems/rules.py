@@ -22,6 +22,9 @@ def system_rules(config) -> Iterator[tuple[str, bool, str]]:
     if system not in HOLD_SAM:
         yield "model.sam_weights", not model.sam_weights, "none"
         yield "model.remat", model.remat == "none", "none"
+        yield "loss.iou", config.loss.iou == 0, "0"
+    if system not in GREY:
+        yield "model.widths", not model.widths, "(), for it has its own sizes,"
     if system != "prompted_sam":
         yield "model.prompt", model.prompt == "none", "none"
     if system == "sam_mix":
@@ -46,6 +49,8 @@ def system_rules(config) -> Iterator[tuple[str, bool, str]]:
             sizes[0] == sizes[1],
             (f"train.batch_labelled={sizes[0]}, for its divergence takes slices pair by pair,"),
         )
+        # Its strong views would drown the authors' values, which span a twentieth of [0, 1].
+        yield "input.scaling", config.input.scaling == "window", "window"
         yield "multimix.confidence", config.multimix.confidence <= 1, "0 to 1"
     allowed = SYSTEMS[system].protocols
     scored = set(config.evaluate.protocols) & set(allowed)

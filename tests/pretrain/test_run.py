@@ -71,6 +71,16 @@ def test_prompts_that_a_scene_cannot_have(config, tmp_path, prompts):
         run.pretrain(config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("train.accumulate", 2), ("train.classifier_warmup_steps", 3), ("consistency.weight", 1.0)],
+)
+def test_what_pretraining_does_not_know_is_refused(config, tmp_path, field, value):
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=rf"^{field}={value}: expected"):
+        run.pretrain(config, tmp_path)
+
+
 def remembered(make):
     """`make`, of which the numbers and words among its arguments tell what it makes."""
     made = {}

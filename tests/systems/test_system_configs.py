@@ -44,6 +44,9 @@ def test_headlines_and_what_may_be_scored():
         ("unet", "input.normalise", "sam", "minmax or unit"),
         ("transunet", "model.freeze_batch_norm", True, "False"),
         ("multimix", "model.remat", "blocks", "none for"),
+        ("multimix", "input.scaling", "paper", "window for"),
+        ("unet", "loss.iou", 1.0, "0 for"),
+        ("transunet", "model.widths", (8, 8, 8), "its own sizes"),
     ],
 )
 def test_what_does_not_go_with_a_system(name, field, value, expected):

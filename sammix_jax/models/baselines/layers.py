@@ -57,24 +57,26 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None, layer: int) -> ja
     return jnp.where(jax.vmap(keep)(keys), x / (1 - rate), 0).astype(x.dtype)
 
 
-def learn_from_shown(output, images: jax.Array):
-    """What a network made of images, without a gradient where an image is of one grey.
+def where_shown(images: jax.Array, found: jax.Array, otherwise: jax.Array) -> jax.Array:
+    """`found` of images that show anything, `otherwise` of those of one grey.
 
     Such a slice, all air below the window, teaches nothing. Behind it every norm divides a gradient
-    by the root of its epsilon, which a stack of them made infinite.
+    by the root of its epsilon, and a stack of them makes it huge, or infinite.
 
     Args:
-      output: arrays (B, …).
       images: (B, H, W) or (B, H, W, C).
+      found, otherwise: (B, ...), or what broadcasts to it.
     """
     greys = images.reshape(len(images), images.shape[1] * images.shape[2], -1)  # (B, HW, C)
     shown = (greys.max(axis=1) > greys.min(axis=1)).any(axis=1)  # (B,)
+    every = shown.reshape(-1, *(1,) * (found.ndim - 1))  # (B,) -> (B, 1, ...)
+    return jnp.where(every, found, otherwise)
 
-    def from_shown(leaf: jax.Array) -> jax.Array:
-        every = shown.reshape(-1, *(1,) * (leaf.ndim - 1))  # (B,) -> (B, 1, ...)
-        return jnp.where(every, leaf, jax.lax.stop_gradient(leaf))
 
-    return jax.tree.map(from_shown, output)
+def learn_from_shown(output, images: jax.Array):
+    """What a network made of images, arrays (B, ...), without a gradient where one is of one grey;
+    images as in `where_shown`."""
+    return jax.tree.map(lambda x: where_shown(images, x, jax.lax.stop_gradient(x)), output)
 
 
 def upsample(x: jax.Array) -> jax.Array:

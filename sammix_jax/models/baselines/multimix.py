@@ -11,7 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sammix_jax.models.baselines.layers import TORCH_INIT, dropout_keys, expect_images, shrink
+from sammix_jax.models.baselines.layers import (
+    TORCH_INIT,
+    dropout_keys,
+    expect_images,
+    shrink,
+    where_shown,
+)
 from sammix_jax.models.baselines.unet import MaskHead, UNetDecoder, UNetEncoder
 
 
@@ -35,8 +41,9 @@ class MultiMix(nn.Module):
     The saliency of a slice is the absolute gradient of its higher class logit with respect to its
     pixels, the greatest of its channels. Slice and saliency, shrunk by 8, join the decoder's first
     level beside the encoder's map. As in the authors' code, the saliency is taken without
-    dropout, is not normalised, and is a constant in training: no gradient passes through it.
-    Instance norm keeps slices apart, so one gradient of the summed logits serves a whole batch.
+    dropout, is not normalised, and is a constant in training: no gradient passes through it. Not as
+    there it is 0 of a slice of one grey, where it would be 1e20 and more. Instance norm keeps
+    slices apart, so one gradient of the summed logits serves a whole batch.
 
     Attributes:
       widths: channels of each level; H and W must be multiples of 2^levels, since the classifier
@@ -100,4 +107,5 @@ class MultiMix(nn.Module):
         # The lifted form: a plain jax.grad must not enclose a bound module.
         total, pull = nn.vjp(top_logits, self, images, vjp_variables=False)
         _, gradient = pull(jnp.ones_like(total))
-        return jax.lax.stop_gradient(jnp.abs(gradient.astype(jnp.float32)).max(axis=-1))
+        saliency = jnp.abs(gradient.astype(jnp.float32)).max(axis=-1)
+        return jax.lax.stop_gradient(where_shown(images, saliency, 0.0))

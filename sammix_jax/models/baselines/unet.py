@@ -19,8 +19,12 @@ from sammix_jax.models.baselines.layers import (
 )
 from sammix_jax.models.baselines.output import SegmenterOutput
 
-# nnU-Net's `InitWeights_He(1e-2)`: normal, for leaky ReLU of slope 0.01.
-_HE_INIT = nn.initializers.variance_scaling(2 / (1 + 0.01**2), "fan_in", "normal")
+# nnU-Net's `InitWeights_He(1e-2)`: normal, for leaky ReLU of slope 0.01. PyTorch keeps the kernel
+# of a transposed convolution the other way round: its fan in is the fan out here.
+_HE_INIT, _HE_INIT_TRANSPOSED = (
+    nn.initializers.variance_scaling(2 / (1 + 0.01**2), fan, "normal")
+    for fan in ("fan_in", "fan_out")
+)
 
 
 class DoubleConv(nn.Module):
@@ -129,10 +133,14 @@ class UNetDecoder(nn.Module):
 class MaskHead(nn.Module):
     """1×1 convolution to one logit, in float32."""
 
+    kernel_init: nn.initializers.Initializer = TORCH_INIT
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, C) → (B, H, W) float32."""
-        logits = nn.Conv(1, (1, 1), kernel_init=TORCH_INIT, name="conv")(x.astype(jnp.float32))
+        logits = nn.Conv(1, (1, 1), kernel_init=self.kernel_init, name="conv")(
+            x.astype(jnp.float32)
+        )
         return logits[..., 0]
 
 
@@ -175,7 +183,7 @@ class UNet(nn.Module):
         block = (self.dropout, self.negative_slope, self.conv_bias, self.dtype)
         maps = UNetEncoder(self.widths, *block, name="encoder")(images, keys)
         decoded = UNetDecoder(*block, name="decoder")(maps, keys)
-        return _mask_logits(decoded, train, self.deep_supervision)
+        return _mask_logits(decoded, train, self.deep_supervision, TORCH_INIT)
 
 
 class ConvStage(nn.Module):
@@ -247,13 +255,13 @@ class NnUnet2d(nn.Module):
                 strides=(2, 2),
                 padding="VALID",
                 dtype=self.dtype,
-                kernel_init=_HE_INIT,
+                kernel_init=_HE_INIT_TRANSPOSED,
                 name=f"upsample{i + 1}",
             )(x)
             x = jnp.concatenate((x, maps[i]), axis=-1)
             x = ConvStage(self.widths[i], 1, self.dtype, name=f"decoder{i + 1}")(x)
             decoded.append(x)
-        return _mask_logits(tuple(reversed(decoded)), train, self.deep_supervision)
+        return _mask_logits(tuple(reversed(decoded)), train, self.deep_supervision, _HE_INIT)
 
 
 def nnunet_widths(height: int, width: int) -> tuple[int, ...]:
@@ -275,8 +283,13 @@ def deep_supervision_weights(n: int) -> tuple[float, ...]:
     return tuple(weight / sum(weights) for weight in weights)
 
 
-def _mask_logits(decoded: tuple[jax.Array, ...], train: bool, deep: bool) -> SegmenterOutput:
+def _mask_logits(
+    decoded: tuple[jax.Array, ...],
+    train: bool,
+    deep: bool,
+    kernel_init: nn.initializers.Initializer,
+) -> SegmenterOutput:
     """A head on each supervised map; also outside training, so that there are parameters."""
     supervised = (*decoded[:1], *decoded[1:-1]) if deep else decoded[:1]
-    logits = [MaskHead(name=f"head{i + 1}")(x) for i, x in enumerate(supervised)]
+    logits = [MaskHead(kernel_init, name=f"head{i + 1}")(x) for i, x in enumerate(supervised)]
     return SegmenterOutput(logits[0], tuple(logits[1:]) if train else ())

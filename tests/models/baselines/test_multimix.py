@@ -74,6 +74,17 @@ def test_saliency_takes_no_dropout(small):
     assert jnp.abs(trained.class_logits - resting.class_logits).max() > 1e-3
 
 
+def test_a_slice_of_one_grey_has_no_saliency(small):
+    """Behind one, each of the ten norms would multiply a pixel's gradient by 300."""
+    images = small.at[1].set(0.25)
+    model = MultiMix()
+    images = jnp.pad(images[..., :1], ((0, 0), (0, 16), (0, 8), (0, 0)), mode="edge")
+    variables = networks.init(model, images)
+    output = networks.jit(model.apply)(variables, images)
+    assert not output.saliency[1].any() and output.saliency[::2].any(axis=(1, 2)).all()
+    assert all(jnp.isfinite(x).all() for x in output)
+
+
 def test_mask_reads_the_saliency_but_sends_it_no_gradient(small):
     model = MultiMix(SHALLOW)
     variables = networks.init(model, small)

@@ -1,5 +1,7 @@
 """Both U-Nets: pinned counts, shapes, gradients, and the authors' form against PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import networks
@@ -88,6 +90,22 @@ def test_nnunet_gradient_reaches_every_parameter(images):
     # A norm takes out what the bias of the convolution before it adds.
     assert {name for name in unreached if "/conv" not in name or "head" in name} == set()
     assert all(name.endswith("bias") for name in unreached)
+
+
+def test_nnunet_begins_as_pytorch_would():
+    """The spread of He's initialisation by the fan in that PyTorch counts of each kernel."""
+    model, image = NnUnet2d((64, 128, 256)), jnp.zeros((1, 16, 16, 1))
+    params = networks.jit(model.init)(jax.random.key(0), image)["params"]
+    fans = {
+        ("encoder3", "conv1"): 9 * 128,
+        ("upsample2",): 4 * 128,  # of 256 → 128: there (in, out, 2, 2), whose second axis counts
+        ("head1", "conv"): 64,
+    }
+    for path, fan in fans.items():
+        kernel = functools.reduce(lambda tree, name: tree[name], path, params)["kernel"]
+        spread = float(jnp.sqrt(jnp.square(kernel).mean()))
+        samples = kernel.size
+        assert spread == pytest.approx(np.sqrt(2 / 1.0001 / fan), rel=4 / np.sqrt(2 * samples))
 
 
 def nnunet_parameters(widths, channels):
