@@ -19,7 +19,7 @@ from sammix_jax.data.split_files import (
     kept_split,
     training_scans,
 )
-from sammix_jax.data.splits import scored_scans
+from sammix_jax.data.splits import partly_annotated, scored_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.results import (
     CASES_SO_FAR,
@@ -160,16 +160,11 @@ def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
             "Where the data was moved, tell the store: --mode=prepare --config=… "
             f"--config.data.root=DIR --workdir={workdir}, with the config of the run."
         )
-    partly = [name for name in names if records[name].unannotated]
+    partly = partly_annotated(config.evaluate, names, records)
     faults = [
         f"{records[name].label}: annotated in part, so it cannot be scored; annotate it throughout."
         for name in partly
     ]
-    if len(partly) == len(names):
-        raise UserError(
-            f"evaluate.part={config.evaluate.part}: every scan is annotated in part, so none can "
-            f"be scored; choose another part.{_listed(faults)}"
-        )
     scans = [
         datasets.Scan(
             name,

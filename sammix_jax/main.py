@@ -117,8 +117,11 @@ def _prepare(config, workdir: Path) -> SliceStore:
 
 def _train(config, workdir: Path) -> None:
     store = _prepare(config, workdir)
-    trained = train.train(config, workdir, store)
+    trained = train.train(config, workdir, store, scored=options.EVALUATE.value)
     hosts.let_sigterm_end()
+    if not options.EVALUATE.value:
+        print(f"trained     {workdir}; --mode=evaluate scores it, --mode=predict segments with it")
+        return
     found = None if trained else results.saved_results(config, workdir)
     if found is None or not (results.results_folder(config, workdir) / report.PAGE).exists():
         _evaluate(config, workdir)

@@ -71,6 +71,9 @@ TOPOLOGY = flags.DEFINE_string(
 SWEEP = flags.DEFINE_bool(
     "sweep", False, "plan: find the largest batch that fits, by compute type, remat and attention."
 )
+EVALUATE = flags.DEFINE_bool(
+    "evaluate", True, "train: score the model and segment a scan once it is trained."
+)
 INPUT = flags.DEFINE_string("input", None, "predict: a NIfTI scan, or a folder of them.")
 OUTPUT = flags.DEFINE_string(
     "output", None, "predict: the mask's file, or a folder. summarise: a folder for the means."

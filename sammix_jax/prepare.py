@@ -103,6 +103,15 @@ def prepare(config, workdir) -> SliceStore:
     without = [r.name for r in records if r.has_label and not any(r.organ_pixels)]
     if without:
         _LOG.warning("masks without any %s: %d scans%s", data.organ, len(without), _listed(without))
+    if gaps := [record.name for record in records if _has_gaps(record)]:
+        _LOG.warning(
+            "masks that lack %s on many slices between its first and its last: %d scans%s. What "
+            "nobody annotated there is taken for slices without it: give such slices a value to "
+            "ignore.",
+            data.organ,
+            len(gaps),
+            _listed(gaps),
+        )
     if mirrored := seem_mirrored(records):
         _LOG.warning(
             "%s lies on the other side in %d scans that know no orientation%s than in those that "
@@ -280,6 +289,12 @@ def _refuse_another_scan(scan: datasets.Scan, record: ScanRecord, fix: str) -> N
         raise UserError(
             f"{scan.image}: {scan.name} was prepared from another file, {record.image}, in {fix}"
         )
+
+
+def _has_gaps(record: ScanRecord) -> bool:
+    """Whether over a quarter of the slices from the organ's first to its last do not show it."""
+    shown = np.flatnonzero(record.organ_pixels)
+    return len(shown) > 0 and len(shown) < 0.75 * (np.ptp(shown) + 1) and not record.unannotated
 
 
 def _holds(path: Path, value) -> bool:

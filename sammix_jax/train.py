@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 
 import jax
 
@@ -12,7 +13,7 @@ from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.split_files import keep, load_or_draw
-from sammix_jax.data.splits import Split, scored_scans, taught_scans
+from sammix_jax.data.splits import Split, partly_annotated, scored_scans, taught_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.validate import validate
 from sammix_jax.inference import make_predict
@@ -27,7 +28,7 @@ from sammix_jax.weights import BEGUN_FROM, digests
 _LOG = logging.getLogger(__name__)
 
 
-def train(config, workdir, store: SliceStore) -> bool:
+def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
     """Trains until `config.train.steps` or `.epochs`, from the newest checkpoint if there is one.
 
     Args:
@@ -35,6 +36,7 @@ def train(config, workdir, store: SliceStore) -> bool:
       workdir: receives config.json, split.json, labels.json, weights.json, checkpoints,
         metrics.csv and tensorboard.
       store: the prepared slices.
+      scored: whether an evaluation follows, so that what would fail then is refused now.
 
     Returns:
       Whether any step was left to take.
@@ -51,9 +53,12 @@ def train(config, workdir, store: SliceStore) -> bool:
 
     # ---- Data
     split, labelled = load_or_draw(config, store, workdir)
-    _check_scoring(config.evaluate, split)
+    if scored:
+        _check_scoring(config.evaluate, split, store)
     others = slices_without_masks(config, store, split, labelled)
     sizes = (layout.labelled, layout.unlabelled)
+    if layout.unlabelled:
+        _tell_of_one_class(store, others)
     batches = Batches(store, tuple(labelled), others, sizes, config.seed)
     steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
 
@@ -158,14 +163,26 @@ def slices_without_masks(
     )
 
 
-def _check_scoring(evaluate, split: Split) -> None:
+def _check_scoring(evaluate, split: Split, store: SliceStore) -> None:
     """Refuses before the training what would only be found after it."""
-    if not evaluate.root:
-        scored_scans(evaluate, split)
-    elif not as_path(evaluate.root).exists():
-        raise UserError(
-            f"evaluate.root={evaluate.root}: no such folder, so the model could not be scored; "
-            "name one, or leave it out to score the split's scans."
+    try:
+        if not evaluate.root:
+            partly_annotated(evaluate, scored_scans(evaluate, split), store.records)
+        elif not as_path(evaluate.root).exists():
+            raise UserError(
+                f"evaluate.root={evaluate.root}: no such folder, so the model could not be scored; "
+                "name one, or leave it out to score the split's scans."
+            )
+    except UserError as error:
+        raise UserError(f"{error} Or train alone, with --noevaluate.") from error
+
+
+def _tell_of_one_class(store: SliceStore, others: Iterable[SliceId]) -> None:
+    if not any(store.image_label(s) == 0 for s in others):
+        _LOG.warning(
+            "no slice of the training patients is known not to show data.organ=%s, so nothing "
+            "teaches the model where it is not: annotate some above and below it throughout.",
+            store.params["organ"],
         )
 
 

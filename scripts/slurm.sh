@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of several Slurm nodes, from the repository's root:
 #
-#   sbatch --nodes=2 scripts/slurm.sh --config=configs/lits.py --config.data.root=DIR --workdir=DIR \
-#     --config.model.sam_weights=FILE \
+#   sbatch --nodes=2 scripts/slurm.sh --config=configs/lits.py --config.data.root=DIR \
+#     --config.data.store=STORE --workdir=DIR --config.model.sam_weights=FILE \
 #     --config.train.batch_labelled=8 --config.train.batch_unlabelled=8 \
 #     --config.log.validate_every_steps=750 --config.checkpoint.every_steps=250
 #

@@ -2,8 +2,8 @@
 # Trains on a Cloud TPU slice of any size and deletes it at the end, from the repository's root:
 #
 #   scripts/tpu_vm.sh --project=P --zone=Z -- \
-#     --config=configs/lits.py --config.data.root=gs://B/lits --workdir=gs://B/runs/lits \
-#     --config.model.sam_weights=gs://B/sam_vit_b.safetensors \
+#     --config=configs/lits.py --config.data.root=gs://B/lits --config.data.store=gs://B/store \
+#     --workdir=gs://B/runs/lits --config.model.sam_weights=gs://B/sam_vit_b.safetensors \
 #     --config.train.batch_labelled=16 --config.train.batch_unlabelled=16 \
 #     --config.log.validate_every_steps=375 --config.checkpoint.every_steps=125
 #

@@ -56,6 +56,20 @@ def test_train_does_it_all(trained):
     assert [word for word in first_words if word in PROTOCOLS] == [*PROTOCOLS] * 2  # two tables
 
 
+def test_training_alone(tmp_path):
+    """Of no part that could be scored; a small U-Net is compiled in a moment."""
+    split = ["--config.data.split=(1,0,0)"]
+    small = [option for option in SMALL if "data.split" not in option][1:]
+    command = ["--config=configs/baselines/unet.py", *small, *split, "--config.train.steps=1",
+               "--config.model.widths=(4,4,4)", f"--workdir={tmp_path / 'run'}"]  # fmt: skip
+    refused = run(*command)
+    assert refused.returncode == 1 and "Or train alone, with --noevaluate." in refused.stderr
+    done = run(*command, "--noevaluate")
+    assert done.returncode == 0, done.stderr
+    assert "trained " in done.stdout and list((tmp_path / "run").glob("checkpoints/latest/1"))
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
 def test_run_again_says_that_it_is_done(trained):
     folder, _ = trained
     before = (folder / "evaluation" / "test" / "report.html").stat().st_mtime_ns

@@ -1,6 +1,7 @@
 """Training learns, resumes exactly, and touches nothing but what it should."""
 
 import csv
+import dataclasses
 import math
 import types
 
@@ -207,6 +208,26 @@ def test_a_part_that_is_empty_is_told_before_training(workdir, config, tmp_path)
     with pytest.raises(UserError, match=r"evaluate\.part=test: that part of the split is empty"):
         train(config, tmp_path, SliceStore.open(workdir / "store"))
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_part_annotated_in_part_is_told_before_training(workdir, config, tmp_path):
+    store = SliceStore.open(workdir / "store")
+    records = [dataclasses.replace(record, unannotated=(0,)) for record in store.records.values()]
+    partly = SliceStore(store.root, store.params, records)
+    config.data.split = (1, 0, 0)
+    config.evaluate.part = "train"
+    told = r"evaluate\.part=train: every scan is annotated in part.*\. Or train alone, with --noev"
+    with pytest.raises(UserError, match=told):
+        train(config, tmp_path, partly)
+
+
+def test_one_class_is_told(caplog):
+    labels = {"with": 1, "unknown": -1, "without": 0}
+    store = types.SimpleNamespace(image_label=labels.get, params={"organ": "spleen"})
+    train_module._tell_of_one_class(store, labels)
+    assert not caplog.text
+    train_module._tell_of_one_class(store, ["with", "unknown"])
+    assert "known not to show data.organ=spleen" in caplog.text
 
 
 def test_a_frozen_batch_norm_stays(config):

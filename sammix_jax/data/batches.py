@@ -38,7 +38,8 @@ class Batches:
         if self.sizes[1] and not self.unlabelled:
             raise UserError(
                 f"train.batch_unlabelled={self.sizes[1]}, but no training slice is left that gives "
-                "an image-level label and lends no mask; set it to 0."
+                "an image-level label and lends no mask; annotate slices without the organ too, or "
+                "set it to 0."
             )
 
     def __call__(self, step: int, rows: Sequence[int] | None = None) -> dict[str, np.ndarray]:

@@ -2,11 +2,11 @@
 
 import dataclasses
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 
-from sammix_jax.data.slices import SliceId, SliceStore
+from sammix_jax.data.slices import ScanRecord, SliceId, SliceStore
 from sammix_jax.errors import UserError
 
 PARTS = ("train", "val", "test")
@@ -120,6 +120,25 @@ def scored_scans(settings, split: Split) -> tuple[str, ...]:
             "not be scored; choose another, as in --config.evaluate.part=train."
         )
     return names
+
+
+def partly_annotated(
+    settings, names: Iterable[str], records: Mapping[str, ScanRecord]
+) -> list[str]:
+    """Of the scans of the evaluated part those that are annotated in part, which cannot be scored.
+
+    Raises:
+      UserError: all of them are.
+    """
+    names = list(names)
+    partly = [name for name in names if records[name].unannotated]
+    if len(partly) == len(names):
+        labels = ", ".join(records[name].label for name in partly[:5])
+        raise UserError(
+            f"evaluate.part={settings.part}: every scan is annotated in part, so none can be "
+            f"scored; annotate some throughout, or choose another part: {labels}."
+        )
+    return partly
 
 
 def taught_scans(names: Iterable[str], split: Split, pattern: str) -> tuple[str, ...]:

@@ -190,6 +190,17 @@ def test_no_root_and_no_phantom(config, tmp_path):
         prepare(config, tmp_path / "run")
 
 
+def test_masks_with_gaps_are_told(config, lits, tmp_path, caplog):
+    """As where a few slices were annotated, and the others left at zero."""
+    path = lits / "segmentation-0.nii.gz"
+    mask = nib.load(path)
+    values = np.asarray(mask.dataobj).copy()
+    values[..., 0], values[..., 3], values[..., 5] = values[..., 2], 0, values[..., 2]
+    nib.save(nib.Nifti1Image(values, mask.affine), path)
+    prepare(config, tmp_path / "run")
+    assert "slices between its first and its last: 1 scans (volume-0)" in caplog.text
+
+
 def test_masks_without_the_organ_are_told(config, lits, tmp_path, caplog):
     empty = np.zeros((40, 30, 6), np.uint8)
     nib.save(nib.Nifti1Image(empty, AFFINE), lits / "segmentation-1.nii.gz")

@@ -79,6 +79,7 @@ def test_the_jobs_command_and_image():
     assert container["command"] == [
         *("python", "-m", "sammix_jax.main", "--config=configs/lits.py"),
         "--config.data.root=gs://BUCKET/lits",
+        "--config.data.store=gs://BUCKET/store",
         "--workdir=gs://BUCKET/runs/lits",
         "--config.model.sam_weights=gs://BUCKET/sam_vit_b.safetensors",
         "--config.train.batch_labelled=16",

@@ -76,7 +76,7 @@ def test_the_task_is_recovered(task):
     assert task["resources"]["use_spot"] is True
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
     asked_for_at_launch = [name for name, value in task["envs"].items() if value is None]
-    assert asked_for_at_launch == ["DATA", "WORKDIR", "SAM_WEIGHTS"]
+    assert asked_for_at_launch == ["DATA", "STORE", "WORKDIR", "SAM_WEIGHTS"]
     subprocess.run([BASH, "-n", "-c", task["setup"]], check=True)
 
 
@@ -93,6 +93,7 @@ def test_gpu_nodes_are_told_of_each_other(task, fakes, gpu, nodes):
     environment = {
         "PATH": str(fakes.folder),  # a real nvidia-smi must not be found
         "DATA": "gs://b/lits",
+        "STORE": "gs://b/store",
         "WORKDIR": "gs://b/runs",
         "SAM_WEIGHTS": "gs://b/sam.safetensors",
         "OPTIONS": "--config.mesh.fsdp=4 --config.model.dtype=bfloat16",
@@ -108,7 +109,8 @@ def test_gpu_nodes_are_told_of_each_other(task, fakes, gpu, nodes):
     )
     assert output[output.index("-m") :] == [
         *("-m", "sammix_jax.main", "--config=configs/lits.py", "--config.data.root=gs://b/lits"),
-        *("--workdir=gs://b/runs", "--config.model.sam_weights=gs://b/sam.safetensors"),
+        *("--config.data.store=gs://b/store", "--workdir=gs://b/runs"),
+        "--config.model.sam_weights=gs://b/sam.safetensors",
         *("--config.mesh.fsdp=4", "--config.model.dtype=bfloat16"),
     ]
 
