@@ -153,6 +153,44 @@ def test_mistakes_are_named_without_a_traceback(trained, arguments, message):
     assert "Traceback" not in made.stderr
 
 
+SMALL_PLAN = [
+    "--config=configs/baselines/unet.py",
+    "--config.model.widths=(4,4,4)",
+    "--config.data.size=32",
+]
+# Stand-ins for what takes minutes.
+STUBBED = """
+from absl import app
+from sammix_jax import main, options
+def sweep(config, target):
+    print("swept", config.data.size, target.name)
+    return []
+main.sweep.sweep = sweep
+main.pretrain = lambda config, workdir: f"{workdir}/of {config.pretrain.images} images"
+app.run(main.main, flags_parser=options.parse)
+"""
+
+
+def test_plans_from_the_command_line():
+    made = run("--mode=plan", *SMALL_PLAN)
+    assert made.returncode == 0, made.stderr
+    assert "train step of 16 slices" in made.stdout and made.stdout.count("fits") == 2
+    named = run("--mode=plan", *SMALL_PLAN, "--topology=v9:2x2")
+    assert named.returncode == 1 and "--topology=v9:2x2: expected cpu" in named.stderr
+
+
+def test_the_sweep_and_pretraining_from_the_command_line(tmp_path):
+    def stubbed(*arguments):
+        command = [sys.executable, "-c", STUBBED, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "swept 32 cpu" in stubbed("--mode=plan", "--sweep", "--topology=cpu", *SMALL_PLAN)
+    told = stubbed("--mode=pretrain", "--config=configs/pretrain_mini.py", f"--workdir={tmp_path}")
+    assert told == f"weights     {tmp_path}/of 8 images\n"
+
+
 FULL = """
 import errno
 from absl import app

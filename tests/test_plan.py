@@ -143,7 +143,7 @@ def test_the_mini_step_compiles_for_a_tpu_without_one(tiny):
 
 
 @needs_libtpu
-def test_slices_of_every_size():
+def test_slices_of_tpus_of_every_size():
     """A chip of v4 is one device, of the memory of both its cores."""
     v4 = find_target("v4:2x2x1")
     assert (len(v4.devices), v4.memory) == (4, 30.75 * GIB)

@@ -1,6 +1,7 @@
 """What each field of `config.model`, `.cam` and `.input` changes, on the smallest SAM there is."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from sammix_jax.method.preprocess import NORMALISATIONS, to_rgb
 from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.models.blocks import POLICIES
 from sammix_jax.models.resnet import STAGES, Classifier
+from sammix_jax.systems.sam_mix import SamMixSystem
 
 
 @pytest.fixture
@@ -153,6 +155,30 @@ def test_the_cams_box_prompts_unless_it_is_switched_off(variables, images):
         np.testing.assert_allclose(output.masks.logits, expected.logits, atol=1e-4)
         cams_masks.append(output.prompt.mask)
     np.testing.assert_array_equal(*cams_masks)
+
+
+@pytest.mark.parametrize("fields", [{}, {"cam.box": False}])
+def test_what_each_protocol_goes_by(variables, images, fields):
+    """`cam` by the CAM's box and map, `gt_box` by the true box and that map, `none` by neither."""
+    config = small_config()
+    config.update_from_flattened_dict(fields)
+    system = SamMixSystem(tiny(fields), config)
+    truth = jnp.zeros((3, 64, 64), bool).at[:, 20:44, 10:30].set(True)
+    predict = jax.jit(lambda v, x: system.predict(v, x, truth, system.protocols, False).logits)
+    found = predict(variables, images)
+    own = forward(fields, variables, images)
+    embeddings = run(fields, variables, "encode", images)
+    boxes = jnp.array([[10.0, 20.0, 30.0, 44.0]] * 3)
+    expected = {
+        "cam": own.masks.logits,
+        "gt_box": segment(fields, variables, embeddings, own.prompt, boxes).logits,
+        "none": segment(fields, variables, embeddings).logits,
+    }
+    assert set(found) == set(expected)
+    for protocol, logits in expected.items():
+        np.testing.assert_allclose(found[protocol], logits, atol=1e-4)
+    for one, other in itertools.combinations(expected.values(), 2):
+        assert float(jnp.abs(one - other).max()) > 1e-2
 
 
 def test_given_boxes_prompt_the_first_slices_and_cams_the_rest(variables, images):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sam_cases import TINY
+from toy import Toy
 
 from sammix_jax.inference import make_predict
 from sammix_jax.method.cam import mask_to_box
@@ -12,6 +13,7 @@ from sammix_jax.method.preprocess import scale_slices
 from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.sharding import BatchLayout
 from sammix_jax.systems.sam_mix import SamMixSystem
+from sammix_jax.systems.system import Microbatch
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import TrainState, make_init, make_train_step
 
@@ -78,6 +80,41 @@ def test_augment_and_seed_decide_what_the_model_sees(config):
     other, _ = given_to_the_model(config, hu, masks, 3)
     for images in (plain, later, other):
         assert float(np.abs(one - images).max()) > 0.1
+
+
+class Watched(Toy):
+    """Remembers what it was shown, and of how many slices it was to give masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def apply(self, variables, images, *, segmented, **rest):
+        self.shown.append((np.asarray(images), segmented))
+        return super().apply(variables, images, segmented=segmented, **rest)
+
+
+def test_the_teacher_sees_plain_slices_and_the_student_distorted_ones(config):
+    hu, masks = bright_organs()
+    config.consistency.weight, config.train.augment = 1.0, False
+    layout, model = BatchLayout(2, 1), Watched()
+    labels = jnp.array([1, 1, -1])
+    part = Microbatch(
+        hu=jnp.asarray(hu),
+        mask=jnp.asarray(masks),
+        image_label=labels,
+        key=jax.random.split(jax.random.key(0), 3),
+        labels=labels[None],
+        step=jnp.array(0),
+        layout=layout,
+    )
+    variables = model.init(None, None, segmented=1)
+    SamMixSystem(model, config).loss(variables, part, teacher=variables)
+    (plain, of_teacher), (distorted, of_student) = model.shown
+    images = np.asarray(scale_slices(jnp.asarray(hu), config.input))
+    np.testing.assert_array_equal(plain, images[2:])
+    assert (of_teacher, of_student) == (1, 3)
+    assert (np.abs(distorted - images).max(axis=(1, 2)) > 0.01).all()
 
 
 def test_prediction_is_prompted_by_the_cam_whatever_trained(config):
