@@ -68,41 +68,37 @@ def held_out_scenes(count: int, size: int, stream: int) -> Prompted:
 
 
 def make_answer(sam: Sam, normalisation: str, mesh: Mesh | None = None):
-    """Returns the jitted `answer(variables, images, masks, prompt) -> IoU`.
+    """Returns the jitted `answer(variables, images, masks, boxes, points) -> IoU`.
 
-    `prompt` is a dict with `boxes` (B, 4) or `points` (B, 2); of the three masks the one is taken
-    that the model itself thinks best. IoU (B,) float32 on the images' own grid. `mesh` is that on
-    which the variables lie; None where no part of them is divided.
+    IoU, "box" and "point", (B,) float32 each, is on the images' own grid; boxes (B, 4), points
+    (B, 2). Of the three masks the one is taken that the model itself thinks best. `mesh` is that
+    on which the variables lie; None where no part of them is divided.
     """
 
-    def answer(variables, images, masks, prompt):
+    def answer(variables, images, masks, boxes, points):
         size = images.shape[1:]
         bound = sam.bind(gather_outside_blocks(variables))
         embeddings = bound.encode_image(to_rgb(images, normalisation))
-        if "boxes" in prompt:
-            given = {"boxes": prompt["boxes"][:, None]}
-        else:
-            points = prompt["points"][:, None, None]  # (B, P=1, N=1, xy)
-            given = {"points": points, "labels": jnp.ones(points.shape[:3], jnp.int32)}
-        logits, iou = bound.decode(embeddings, input_size=size, **given)
-        answers = choose_masks(logits[:, 0], iou[:, 0], size, "argmax_iou", 0)
-        return mask_iou(answers.logits > 0, masks)
+
+        def iou(**prompt):
+            logits, iou = bound.decode(embeddings, input_size=size, **prompt)
+            answers = choose_masks(logits[:, 0], iou[:, 0], size, "argmax_iou", 0)
+            return mask_iou(answers.logits > 0, masks)
+
+        points = points[:, None, None]  # (B, P=1, N=1, xy)
+        labels = jnp.ones(points.shape[:3], jnp.int32)
+        return {"box": iou(boxes=boxes[:, None]), "point": iou(points=points, labels=labels)}
 
     return jax.jit(on_mesh(mesh, answer))
 
 
 def prompt_ious(answer, variables, examples: Prompted, batch: int = 32) -> dict[str, np.ndarray]:
     """IoU of each example from its box and from its point: "box" and "point", (N,) float32."""
-    found = {"box": [], "point": []}
-    count = len(examples.images)
+    parts, count = [], len(examples.images)
+    arrays = [getattr(examples, field.name) for field in dataclasses.fields(examples)]
     for start in range(0, count, batch):
         # The last batch is filled up, so that one program serves all.
         rows = np.minimum(np.arange(start, start + batch), count - 1)
-        images, masks = examples.images[rows], examples.masks[rows]
-        for name, prompt in (
-            ("box", {"boxes": examples.boxes[rows]}),
-            ("point", {"points": examples.points[rows]}),
-        ):
-            iou = np.asarray(answer(variables, images, masks, prompt))
-            found[name].append(iou[: count - start])
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+        ious = answer(variables, *(array[rows] for array in arrays))
+        parts.append({name: np.asarray(iou)[: count - start] for name, iou in ious.items()})
+    return jax.tree.map(lambda *ious: np.concatenate(ious), *parts)

@@ -7,6 +7,7 @@ from conftest import small_config
 from sam_cases import TINY
 
 from sammix_jax.config_rules import check_config
+from sammix_jax.models.baselines.transunet import VARIANTS
 from sammix_jax.sharding import BatchLayout
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import PROTOCOLS, Microbatch
@@ -43,9 +44,11 @@ def tiny_config(name: str, **settings):
 
 def tiny_system(config):
     system = make_system(config)
-    if config.model.system == "prompted_sam":
-        return type(system)(system.model.clone(sam_variant=TINY), config)
-    return system
+    tiny = {
+        "prompted_sam": {"sam_variant": TINY},
+        "transunet": {"variant": VARIANTS["mini"]._replace(width=16, layers=1)},
+    }.get(config.model.system)
+    return type(system)(system.model.clone(**tiny), config) if tiny else system
 
 
 def batch_of(labelled: int = 2, others: int = 2) -> dict[str, np.ndarray]:

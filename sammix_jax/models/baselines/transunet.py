@@ -29,7 +29,7 @@ _GROUP_EPSILON = 1e-6
 _XAVIER = nn.initializers.xavier_uniform()
 
 
-class _Variant(NamedTuple):
+class TransUNetVariant(NamedTuple):
     """Sizes of one TransU-Net."""
 
     width: int  # of the stem; the stages have 4, 8 and 16 times as many channels
@@ -44,9 +44,9 @@ class _Variant(NamedTuple):
 
 
 VARIANTS = {
-    "r50_vit_b16": _Variant(64, (3, 4, 9), 32, 768, 3072, 12, 12, 512, (256, 128, 64, 16)),
+    "r50_vit_b16": TransUNetVariant(64, (3, 4, 9), 32, 768, 3072, 12, 12, 512, (256, 128, 64, 16)),
     # Small enough to train on a CPU.
-    "mini": _Variant(32, (1, 1, 1), 8, 192, 768, 4, 3, 128, (64, 32, 16, 16)),
+    "mini": TransUNetVariant(32, (1, 1, 1), 8, 192, 768, 4, 3, 128, (64, 32, 16, 16)),
 }
 
 
@@ -109,7 +109,7 @@ class Bottleneck(nn.Module):
 class ResNetV2(nn.Module):
     """The convolutional part: stem at 1/2, three stages at 1/4, 1/8 and 1/16."""
 
-    sizes: _Variant
+    sizes: TransUNetVariant
     dtype: jnp.dtype
 
     @nn.compact
@@ -208,14 +208,14 @@ class TransUNet(nn.Module):
     has 1,160 more, 8 · (9 · 16 + 1) in its last layer. `mini` at 128 pixels: 2,950,129.
 
     Attributes:
-      variant: 'r50_vit_b16' or 'mini'.
+      variant: 'r50_vit_b16', 'mini', or a `TransUNetVariant` of one's own.
       image_size: (H, W), or the side of square images, in pixels, multiples of 16. Each place of
         the map at 1/16 has a learned position embedding, so the size is part of the network.
       dropout: share of elements zeroed after the position embeddings and in the MLPs.
       dtype: compute dtype; norms, softmax and logits are float32, and parameters.
     """
 
-    variant: str
+    variant: str | TransUNetVariant
     image_size: int | tuple[int, int]
     dropout: float = 0.1
     dtype: jnp.dtype = jnp.float32
@@ -235,9 +235,11 @@ class TransUNet(nn.Module):
         Raises:
           ValueError: an unknown variant, images of another shape, or keys missing.
         """
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant={self.variant!r}: expected one of {tuple(VARIANTS)}.")
-        sizes = VARIANTS[self.variant]
+        sizes = self.variant
+        if isinstance(sizes, str):
+            if sizes not in VARIANTS:
+                raise ValueError(f"variant={sizes!r}: expected one of {tuple(VARIANTS)}.")
+            sizes = VARIANTS[sizes]
         expect_images(images, 16)
         size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         if images.shape[1:3] != tuple(size) or images.shape[-1] not in (1, 3):

@@ -1,7 +1,5 @@
 """TransU-Net: the published count, its parts, and the small variant's behaviour."""
 
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import networks
@@ -111,12 +109,6 @@ TINY = VARIANTS["mini"]._replace(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny_variant():
-    with mock.patch.dict(VARIANTS, tiny=TINY):
-        yield
-
-
 @pytest.fixture(scope="module")
 def images():
     return jax.random.normal(jax.random.key(5), (3, 32, 48, 1))
@@ -124,7 +116,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return TransUNet("tiny", (32, 48))
+    return TransUNet(TINY, (32, 48))
 
 
 @pytest.fixture(scope="module")
