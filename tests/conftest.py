@@ -35,7 +35,10 @@ SAMPLE = ROOT.parent / "shared" / "data" / "totalsegmentator_sample"
 
 
 # Files that take minutes begin first, so that the workers end together.
-LONG = ("test_sharding", "test_run", "test_killed", "test_shipped_weights", "test_train")
+LONG = (
+    *("test_sharding", "test_train", "test_run", "test_killed", "test_main", "test_evaluate"),
+    *("test_sam_mix_fields", "test_shipped_weights", "test_real_ct"),
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -91,6 +94,15 @@ def workdir(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory):
+    """The phantoms of `small_config`, which take seconds to paint: their folder, and a store."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    prepare.prepare(small_config(), folder)
+    (scans,) = folder.glob("phantom-*")
+    return scans, folder / "store"
+
+
 @pytest.fixture
 def write_scan(tmp_path):
     """Writes a NIfTI: `write_scan(name, voxels, affine=...)` → its path."""
@@ -108,9 +120,10 @@ def write_scan(tmp_path):
 
 
 @pytest.fixture
-def toy_config(config, monkeypatch):
-    """A config whose model is compiled in a moment."""
+def toy_config(config, phantoms, monkeypatch):
+    """A config whose model is compiled in a moment, on slices that are prepared."""
     monkeypatch.setattr(train, "make_system", lambda c: SamMixSystem(Toy(), c))
+    config.data.root, config.data.store = map(str, phantoms)
     config.data.split = (3, 0, 1)
     config.train.steps, config.train.augment = 12, False
     config.checkpoint.every_steps = 4

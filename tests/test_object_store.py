@@ -224,7 +224,7 @@ def test_predict(workdir, lits, tmp_path):
 def test_evaluate_a_folder_of_scans(workdir, lits, tmp_path):
     config = load_config(workdir)
     shutil.copytree(workdir, tmp_path / "run")
-    config.evaluate.protocols = ("cam",)
+    config.evaluate.protocols, config.evaluate.gate = ("cam",), False
     scores = []
     for root in (str(lits), str(upload(lits, "gs://bucket/lits"))):
         config.evaluate.root = root
