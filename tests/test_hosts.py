@@ -63,6 +63,27 @@ def test_a_run_of_one_under_a_scheduler_joins_nobody(joined, monkeypatch, variab
     assert not joined
 
 
+@pytest.mark.parametrize(
+    ("device", "library", "platforms", "joins"),
+    [
+        ("/dev/accel0", True, None, True),
+        ("/dev/vfio/0", True, "tpu,cpu", True),
+        ("/dev/vfio/0", False, None, False),  # another card that is handed through
+        ("/dev/accel0", True, "cpu", False),
+        ("/dev/nvidia0", True, None, False),
+    ],
+)
+def test_a_tpu_vm_is_known_by_its_chips(joined, monkeypatch, device, library, platforms, joins):
+    """Nothing else tells of its hosts: JAX asks the machine's metadata for them."""
+    monkeypatch.setattr(hosts.pathlib.Path, "exists", lambda path: str(path) == device)
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: library or None)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if platforms:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    hosts.join()
+    assert joined == [{}] * joins
+
+
 def test_numbers_are_taken_from_the_environment(joined, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
