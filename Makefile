@@ -40,10 +40,10 @@ test-tpu: $(VENV)-tpu/tpu
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
-parity: $(VENV)/convert
+parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m torch $(PARALLEL) tests
 
-bench: $(VENV)/convert
+bench: $(VENV)/parity
 	$(BIN)/python -m benchmarks.encoder --rounds 2 --repeats 3
 	$(BIN)/python -m benchmarks.train_step --rounds 2 --repeats 3
 	$(BIN)/python -m benchmarks.input_pipeline
@@ -70,8 +70,8 @@ $(VENV)/dev: requirements.txt requirements/dev.txt requirements/tested.txt | $(V
 	$(BIN)/python $(INSTALL) -r requirements/dev.txt
 	touch $@
 
-$(VENV)/convert: requirements.txt requirements/dev.txt requirements/convert.txt requirements/tested.txt | $(VENV)/bin/python
-	$(BIN)/python $(INSTALL) -r requirements/convert.txt
+$(VENV)/parity: requirements.txt requirements/dev.txt requirements/convert.txt requirements/parity.txt requirements/tested.txt | $(VENV)/bin/python
+	$(BIN)/python $(INSTALL) -r requirements/parity.txt
 	touch $@
 
 # An environment of its own: beside libtpu, JAX would look for a TPU in every program.

@@ -11,7 +11,7 @@ gives medians over the rounds.
 Memory is the process's peak resident set (ru_maxrss): the whole peak, and its rise above the peak
 right after loading the weights, compilation included.
 
-Needs requirements/convert.txt, for the official package.
+Needs requirements/parity.txt, for the official package.
 """
 
 from __future__ import annotations

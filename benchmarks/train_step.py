@@ -15,7 +15,7 @@ Processes, cores, threads, repeats and the whole peak are as in `benchmarks/enco
 counted from what is resident when weights and Adam's moments are loaded, in both: initialising a
 state holds more for a moment than the state does.
 
-Needs requirements/convert.txt, for the official package.
+Needs requirements/parity.txt, for the official package.
 """
 
 from __future__ import annotations

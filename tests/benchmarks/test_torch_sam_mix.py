@@ -11,14 +11,14 @@ import pytest
 from flax import traverse_util
 from sam_cases import TINY
 
-torch = pytest.importorskip("torch", reason="parity needs torch (requirements/convert.txt)")
+torch = pytest.importorskip("torch", reason="parity needs torch (requirements/parity.txt)")
 from benchmarks import torch_sam, torch_sam_mix
 from benchmarks.torch_resnet38 import ResNet38
 
 try:
     torch_sam.modeling()
 except ImportError:
-    pytest.skip("parity needs segment-anything (requirements/convert.txt)", allow_module_level=True)
+    pytest.skip("parity needs segment-anything (requirements/parity.txt)", allow_module_level=True)
 
 from configs import lits
 from convert.classifier_rules import RESNET38D

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-torch = pytest.importorskip("torch", reason="pip install -r requirements/convert.txt")
+torch = pytest.importorskip("torch", reason="pip install -r requirements/parity.txt")
 
 from torch import nn
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-REASON = "pip install -r requirements/convert.txt"
+REASON = "pip install -r requirements/parity.txt"
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 

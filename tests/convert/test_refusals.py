@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="pip install -r requirements/convert.txt")
+torch = pytest.importorskip("torch", reason="pip install -r requirements/parity.txt")
 
 from safetensors.torch import save_file
 

@@ -12,7 +12,7 @@ from torch_port import build, encode_theirs, port, to_torch
 
 from sammix_jax.models.sam import Sam
 
-torch = pytest.importorskip("torch", reason="parity needs torch (requirements/convert.txt)")
+torch = pytest.importorskip("torch", reason="parity needs torch (requirements/parity.txt)")
 
 pytestmark = pytest.mark.torch
 

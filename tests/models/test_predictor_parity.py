@@ -11,11 +11,11 @@ from torch_port import build, official, port
 from sammix_jax.models.sam import SamVariant
 from sammix_jax.models.sam.predictor import SamPredictor
 
-pytest.importorskip("torch", reason="parity needs torch (requirements/convert.txt)")
+pytest.importorskip("torch", reason="parity needs torch (requirements/parity.txt)")
 try:
     official()
 except ImportError:
-    pytest.skip("parity needs segment-anything (requirements/convert.txt)", allow_module_level=True)
+    pytest.skip("parity needs segment-anything (requirements/parity.txt)", allow_module_level=True)
 
 pytestmark = pytest.mark.torch
 

@@ -15,11 +15,11 @@ from sammix_jax.models.sam.image_encoder import Block, ImageEncoder, Neck
 from sammix_jax.models.sam.layers import Mlp
 from sammix_jax.models.sam.mask_decoder import TokenAttention, TwoWayBlock, Upscale
 
-torch = pytest.importorskip("torch", reason="parity needs torch (requirements/convert.txt)")
+torch = pytest.importorskip("torch", reason="parity needs torch (requirements/parity.txt)")
 try:
     official()
 except ImportError:
-    pytest.skip("parity needs segment-anything (requirements/convert.txt)", allow_module_level=True)
+    pytest.skip("parity needs segment-anything (requirements/parity.txt)", allow_module_level=True)
 
 pytestmark = pytest.mark.torch
 
