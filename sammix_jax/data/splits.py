@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -123,14 +123,13 @@ def scored_scans(settings, split: Split) -> tuple[str, ...]:
 
 
 def partly_annotated(
-    settings, names: Iterable[str], records: Mapping[str, ScanRecord]
+    settings, names: Sequence[str], records: Mapping[str, ScanRecord]
 ) -> list[str]:
     """Of the scans of the evaluated part those that are annotated in part, which cannot be scored.
 
     Raises:
       UserError: all of them are.
     """
-    names = list(names)
     partly = [name for name in names if records[name].unannotated]
     if len(partly) == len(names):
         labels = ", ".join(records[name].label for name in partly[:5])

@@ -71,14 +71,12 @@ def paper_rows(results: dict) -> Rows:
 
 def text(scores: dict, name: str, interval: bool = False, spread: bool = True) -> str:
     """One score: mean ± standard deviation [interval] where it is over several, "–" if none."""
-    value = scores[name]
+    value, counted = scores[name], name in COUNTS
     if value is None:
         return "–"
-    if name in COUNTS and not isinstance(value, dict):
-        return str(value)
-    digits = 1 if name in COUNTS else DIGITS[name]  # of a count's mean over runs
     if not isinstance(value, dict):
-        return f"{value:.{digits}f}"
+        return f"{value:.{0 if counted else DIGITS[name]}f}"
+    digits = 1 if counted else DIGITS[name]  # a count's mean over runs is no whole number
     shown = f"{value['mean']:.{digits}f}"
     if spread and value["count"] > 1:
         shown += f" ± {value['std']:.{digits}f}"
