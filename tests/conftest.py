@@ -1,5 +1,6 @@
 """Shared fixtures. Compiled programs are kept between runs; set before JAX is imported."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -29,6 +30,10 @@ from toy import Toy
 from configs import quickstart
 from sammix_jax import prepare, train
 from sammix_jax.systems.sam_mix import SamMixSystem
+
+# Python's collector would go through the libraries' objects again and again while JAX traces.
+gc.freeze()
+gc.set_threshold(100_000, 50, 50)
 
 # A real CT, where it is at hand.
 SAMPLE = ROOT.parent / "shared" / "data" / "totalsegmentator_sample"

@@ -231,4 +231,4 @@ def _accumulate(backward, batch_stats, parts: dict, unroll: bool):
 
 def _leaf_norms(leaves: dict) -> jax.Array:
     # Not of flattened leaves: one that is divided along another axis would be gathered first.
-    return jnp.stack([jnp.sqrt(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(leaves)])
+    return jnp.sqrt(jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(leaves)]))
