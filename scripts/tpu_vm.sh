@@ -14,7 +14,8 @@
 #   --dry-run       print each command and run none
 #
 # The commit that is checked out is copied to the slice, so commit first. Ctrl-C lets the run save,
-# then deletes the slice.
+# then deletes the slice. With JAX_COMPILATION_CACHE_DIR=gs://B/compiled in the environment another
+# slice takes up what the one before it has compiled.
 set -euo pipefail
 
 die() { echo "tpu_vm.sh: $*" >&2; exit 2; }
@@ -115,8 +116,9 @@ curl -LsSf https://astral.sh/uv/0.13.9/install.sh | sh
 }
 
 train() {
-  local command
-  printf -v command '%q ' .venv/bin/python -m sammix_jax.main "$@"
+  local command kept=${JAX_COMPILATION_CACHE_DIR:-}
+  printf -v command '%q ' ${kept:+env "JAX_COMPILATION_CACHE_DIR=$kept"} \
+    .venv/bin/python -m sammix_jax.main "$@"
   # In the background, so that a signal to this script is acted on at once.
   on_workers "cd sammix && ${command% }" < /dev/null &
   wait $!

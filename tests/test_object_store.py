@@ -3,11 +3,13 @@
 import dataclasses
 import shutil
 
+import jax
 import nibabel as nib
 import numpy as np
 import object_store
 import pytest
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from object_store import ObjectStore, upload
 from scored import DICES, evaluation
 
@@ -287,6 +289,28 @@ def test_a_log_that_cannot_be_copied_ends_no_run(monkeypatch, caplog):
         ObjectStore.full.clear()
         log.write(2, {"train/loss": 0.25})
     assert read_log("gs://bucket/run") == [(1, "train/loss", 0.5), (2, "train/loss", 0.25)]
+
+
+def test_compiled_programs_are_taken_up_again(monkeypatch):
+    """As docs/cloud.md says of JAX_COMPILATION_CACHE_DIR."""
+    # JAX asks for the folder, of which gcsfs makes nothing.
+    monkeypatch.setattr(ObjectStore, "makedirs", lambda *_, **__: None)
+
+    def sevenfold(x):
+        return 7 * x
+
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")
+    compilation_cache.reset_cache()
+    try:
+        for _ in range(2):
+            assert jax.jit(sevenfold)(6) == 42
+            jax.clear_caches()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    (program,) = (name for name in ObjectStore.objects if "sevenfold" in name)
+    assert program.startswith("bucket/compiled/") and program in ObjectStore.fetched
 
 
 def test_what_is_wrong_is_named_as_the_user_wrote_it(config, lits, tmp_path):

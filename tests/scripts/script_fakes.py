@@ -53,7 +53,8 @@ class Fakes:
 
     def start(self, script, *arguments, **environment):
         # Of what the scripts read nothing comes from outside, as PYTHON of `make test PYTHON=...`.
-        outside = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "DRY_RUN")}
+        read = ("PYTHON", "DRY_RUN", "JAX_COMPILATION_CACHE_DIR")
+        outside = {name: value for name, value in os.environ.items() if name not in read}
         environment = outside | environment | {"PATH": f"{self.folder}:{os.environ['PATH']}"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [BASH, SCRIPTS / script, *arguments]

@@ -59,6 +59,21 @@ def test_a_tpu_run_is_created_installed_trained_and_deleted(fakes):
     assert len(fakes.calls("queued-resources describe")) > 3  # it waited to be served
 
 
+def test_where_compiled_programs_are_kept_is_handed_on(fakes):
+    fakes.answer(REQUEST | {SLICE: [ABSENT]})
+    kept = {"JAX_COMPILATION_CACHE_DIR": "gs://b/compiled programs"}
+    code, _, errors = fakes.run("tpu_vm.sh", *TPU, "--", *OPTIONS, POLL_SECONDS="0", **kept)
+    assert code == 0, errors
+    (train,) = (remote(call) for call in fakes.calls(TRAIN))
+    command = shlex.split(train.removeprefix("cd sammix && "))
+    assert command[:3] == [
+        "env",
+        "JAX_COMPILATION_CACHE_DIR=gs://b/compiled programs",
+        ".venv/bin/python",
+    ]
+    assert command[5:] == OPTIONS
+
+
 def test_on_demand_asks_for_no_spot(fakes):
     answers = {SLICE: [ABSENT, ["READY", 0]]}
     code, _, errors = tpu_vm(fakes, answers, "--on-demand", "--accelerator=v6e-8", "--runtime=r")
