@@ -25,7 +25,12 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from sam_cases import TINY
 from toy import Toy
+
+from sammix_jax.models.sam.variants import VARIANTS
+
+VARIANTS["tiny"] = TINY  # before the config's rules read which there are
 
 from configs import quickstart
 from sammix_jax import prepare, train
@@ -66,15 +71,16 @@ def sample():
 
 
 def small_config():
-    """The quickstart in a size that trains in seconds."""
+    """The quickstart in a size that trains in seconds, with the smallest SAM there is."""
     config = quickstart.get_config("random")
     config.data.size = 64
     config.data.phantom.scans = 5
     config.data.phantom.unlabelled = 1
     config.data.split = (2, 1, 1)
     config.data.labelled_slices = 12
-    config.model.image_size = 64
+    config.model.sam, config.model.image_size = "tiny", 64
     config.train.steps = 30
+    config.train.learning_rate = 0.01
     config.train.batch_labelled = 4
     config.train.batch_unlabelled = 2
     config.train.warmup_steps = 3

@@ -7,6 +7,7 @@ import pytest
 from conftest import small_config
 from flax import traverse_util
 from safetensors.numpy import save_file
+from sam_cases import TINY
 
 from sammix_jax.errors import UserError
 from sammix_jax.sharding import make_mesh, replicated
@@ -132,7 +133,7 @@ def test_training_starts_from_both_files(start, tmp_path):
     config = config.copy_and_resolve_references()
     config.model.sam_weights = str(tmp_path / "sam.safetensors")
     config.model.classifier_weights = str(tmp_path / "classifier.safetensors")
-    sam = write_random(before, config.model.sam_weights, "sam", "mini", ("lora_",))
+    sam = write_random(before, config.model.sam_weights, "sam", "tiny", ("lora_",))
     classifier = write_random(
         before, config.model.classifier_weights, "classifier", "mini", ("/head/",)
     )
@@ -146,7 +147,7 @@ def test_training_starts_from_both_files(start, tmp_path):
     assert jax.tree.structure(after) == jax.tree.structure(before)
     first, now = flat(before), flat(after)
     untouched = {name for name in now if "lora_" in name or "/head/" in name}
-    assert untouched == now.keys() - given.keys() and len(untouched) == 6 * 4 + 2
+    assert untouched == now.keys() - given.keys() and len(untouched) == TINY.depth * 4 + 2
     for name, leaf in now.items():
         expected = first[name] if name in untouched else given[name]
         np.testing.assert_array_equal(leaf, expected)
@@ -163,6 +164,6 @@ def test_a_missing_leaf_stops_the_start(start, tmp_path):
     config, state = start
     config = config.copy_and_resolve_references()
     config.model.sam_weights = str(tmp_path / "sam.safetensors")
-    write_random(state, config.model.sam_weights, "sam", "mini", ("lora_", "iou_token"))
+    write_random(state, config.model.sam_weights, "sam", "tiny", ("lora_", "iou_token"))
     with pytest.raises(UserError, match=r"1 without a value \(mask_decoder/iou_token\)"):
         load_pretrained(state, config)

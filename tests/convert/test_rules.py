@@ -254,8 +254,8 @@ def test_folders_that_hold_no_one_file(tmp_path):
 def test_a_pretraining_wrote_its_file(tmp_path):
     claim_workdir(small_config(), tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "sam_mini.safetensors").touch()
-    with pytest.raises(UserError, match=r"which wrote .*sam_mini\.safetensors: give that"):
+    (tmp_path / "sam_tiny.safetensors").touch()
+    with pytest.raises(UserError, match=r"which wrote .*sam_tiny\.safetensors: give that"):
         sam.convert(tmp_path, tmp_path / "sam.pth")
 
 
