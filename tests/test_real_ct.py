@@ -15,14 +15,14 @@ from sammix_jax.train import train
 
 
 @pytest.mark.parametrize(
-    ("steps", "least_dice"),
+    ("start", "steps", "least_dice"),
     [
-        pytest.param(100, 0.50, id="short"),
-        pytest.param(400, 0.80, id="whole", marks=pytest.mark.slow),
+        pytest.param("pretrained", 30, 0.60, id="short"),
+        pytest.param("random", 400, 0.80, id="whole", marks=pytest.mark.slow),
     ],
 )
-def test_learns_the_right_kidney(sample, tmp_path, steps, least_dice):
-    config = quickstart.get_config("random")
+def test_learns_the_right_kidney(sample, tmp_path, start, steps, least_dice):
+    config = quickstart.get_config(start)
     config.data.root = str(sample)
     config.data.organ = "kidney_right"
     config.data.split = (1, 0, 0)
