@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from convert.rules import BATCH_NORM, CONV, Rule, Table
-from sammix_jax.models.resnet import Classifier
+from sammix_jax.models.classifier import Classifier
 
 _MAX_DEPTH = 6  # blocks in the longest stage
 

@@ -36,10 +36,10 @@ STEPS = 10
 LEARNING_RATE = 0.002
 # (devices, fsdp, accumulate)
 LAYOUTS = {
-    8: [(1, 1, 1), (2, 1, 1), (8, 1, 1), (8, 8, 1), (8, 2, 1), (1, 1, 2), (8, 2, 2)],
+    8: [(1, 1, 1), (2, 1, 1), (8, 1, 1), (8, 8, 1), (1, 1, 2), (8, 2, 2)],
     4: [(4, 2, 1)],
 }
-RESUMED = ((1, 1, 1), (8, 2, 1))
+RESUMED = ((1, 1, 1), (8, 8, 1))
 PREDICTING = ((1, 1, 1), (8, 8, 1))
 BEGINNING = ((4, 2, 1),)
 # So that fsdp divides SAM's matrices too, small as they are here.

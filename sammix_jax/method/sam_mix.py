@@ -17,7 +17,7 @@ import numpy as np
 from sammix_jax.method.cam import CamPrompt, cam_prompt, grad_cam, grad_cam_by_gradient, plain_cam
 from sammix_jax.method.preprocess import to_rgb
 from sammix_jax.method.prompted_sam import PromptedSam, sam_fields
-from sammix_jax.models.resnet import Classifier
+from sammix_jax.models.classifier import Classifier
 from sammix_jax.models.sam.choice import Masks
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.sharding import first_of_each

@@ -27,7 +27,7 @@ from sammix_jax.method.losses import cross_entropy
 from sammix_jax.method.objective import sam_mix_loss
 from sammix_jax.method.preprocess import scale_slices
 from sammix_jax.method.sam_mix import sam_mix
-from sammix_jax.models.resnet import Classifier
+from sammix_jax.models.classifier import Classifier
 from sammix_jax.training.optim import make_optimiser, merge_params, split_params
 
 pytestmark = pytest.mark.torch

@@ -25,7 +25,8 @@ from sammix_jax.method.cam import CamPrompt, cam_prompt, grad_cam_by_gradient
 from sammix_jax.method.preprocess import NORMALISATIONS, to_rgb
 from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.models.blocks import POLICIES
-from sammix_jax.models.resnet import STAGES, Classifier
+from sammix_jax.models.classifier import Classifier
+from sammix_jax.models.resnet import STAGES
 from sammix_jax.systems.sam_mix import SamMixSystem
 
 

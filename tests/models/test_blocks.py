@@ -14,7 +14,8 @@ from sam_cases import TINY
 
 from sammix_jax import sharding
 from sammix_jax.models.blocks import POLICIES, gather_outside_blocks
-from sammix_jax.models.resnet import OUTPUT_STRIDES, Classifier
+from sammix_jax.models.classifier import Classifier
+from sammix_jax.models.resnet import OUTPUT_STRIDES
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.sharding import on_mesh
 

@@ -10,12 +10,12 @@ import pytest
 from flax import traverse_util
 
 from sammix_jax.models import resnet
+from sammix_jax.models.classifier import Classifier
 from sammix_jax.models.resnet import (
     _RESNET38,
     _RESNETS,
     OUTPUT_STRIDES,
     STAGES,
-    Classifier,
     PreActivationBlock,
     ResidualBlock,
     _conv,

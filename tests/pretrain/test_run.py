@@ -96,7 +96,7 @@ def remembered(make):
 
 def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monkeypatch):
     # One config, so that all runs may share what the first one compiles.
-    for name in ("jit_pretrain_step", "make_answer"):
+    for name in ("make_init", "jit_pretrain_step", "make_answer"):
         monkeypatch.setattr(run, name, remembered(getattr(run, name)))
     whole = run.pretrain(config, tmp_path / "whole")
     steps = run.run_steps
