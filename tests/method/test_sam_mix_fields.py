@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import small_config
 from flax import traverse_util
+from sam_cases import TINY
 from tiny_sam_mix import (
     arbitrary_variables,
     forward,
@@ -301,7 +302,7 @@ def test_both_branches_see_the_normalised_slice(variables, images, normalise):
 def test_lora_adds_two_factors_to_each_projection_named(config, rank, targets):
     config.model.lora_rank, config.model.lora_targets = rank, targets
     found = {path: shape for path, shape in shapes(config).items() if "lora" in path}
-    width, depth = 192, 6  # of the mini SAM
+    width, depth = TINY.embed_dim, TINY.depth
     assert len(found) == (depth * len(targets) * 2 if rank else 0)
     for path, shape in found.items():
         assert path.split("/")[-2].removeprefix("lora_") in targets
