@@ -131,7 +131,7 @@ def adapted(files, tmp_path_factory):
     """A workdir whose checkpoint has the file's SAM, and LoRA far from its start."""
     folder = tmp_path_factory.mktemp("run")
     config = small_config()
-    config.model.sam_weights = str(files / "sam.safetensors")
+    config.model.sam, config.model.sam_weights = "mini", str(files / "sam.safetensors")
     claim_workdir(config, folder)
     init = make_init(SamMixSystem.of(config), make_optimiser(config.train, 1), config)
     rng = np.random.default_rng(0)

@@ -179,7 +179,7 @@ def test_sizes_of_no_variant(refused):
     odd["image_encoder.pos_embed"] = torch.zeros(1, 14, 14, 192)
     refused(
         odd,
-        r"none of mini, vit_b, vit_l, vit_h\. Closest is mini: 1 of another shape "
+        r"none of mini, vit_b, vit_l, vit_h, tiny\. Closest is mini: 1 of another shape "
         r"\(image_encoder\.pos_embed \(1, 14, 14, 192\), expected \(1, 16, 16, 192\)\)",
     )
 
