@@ -115,7 +115,7 @@ def test_a_workdir_belongs_to_one_config(config, tmp_path):
     config.input.window = (-100.0, 200.0)
     with pytest.raises(UserError) as error:
         claim_workdir(config, tmp_path)
-    assert "train.learning_rate=0.001 (now 0.5)" in str(error.value)
+    assert "train.learning_rate=0.01 (now 0.5)" in str(error.value)
     assert "input.window=[-160.0, 240.0] (now [-100.0, 200.0])" in str(error.value)
 
 

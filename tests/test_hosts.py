@@ -267,7 +267,9 @@ def two_that_score(tmp_path):
     def start(name: str):
         (tmp_path / name).write_text(FAILING)
         (tmp_path / "run").mkdir()
-        claim_workdir(small_config(), tmp_path / "run")
+        config = small_config()
+        config.model.sam = "mini"  # the processes know of no other small one
+        claim_workdir(config, tmp_path / "run")
         command = [tmp_path / name, "--mode=evaluate", f"--workdir={tmp_path / 'run'}"]
         return start_several(command, 2, devices=1)
 
