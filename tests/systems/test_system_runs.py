@@ -5,7 +5,6 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from sam_cases import TINY
 from tiny_systems import tiny_config
 
 from sammix_jax.config_rules import check_config
@@ -14,7 +13,6 @@ from sammix_jax.errors import UserError
 from sammix_jax.evaluate import evaluate
 from sammix_jax.evaluation import report
 from sammix_jax.inference import load_model
-from sammix_jax.models.sam.variants import VARIANTS
 from sammix_jax.predict import predict
 from sammix_jax.prepare import prepare
 from sammix_jax.systems.named import make_system
@@ -48,15 +46,14 @@ def test_a_segmenter_runs_from_scans_to_a_mask(tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_are_scored_as_they_are_loaded(tmp_path, monkeypatch):
+def test_weights_are_scored_as_they_are_loaded(tmp_path):
     """No epochs and no steps: SAM-PP-0. What a model would be prompted with is not predicted."""
-    monkeypatch.setitem(VARIANTS, "mini", TINY)
     name = "prompted_sam_points"
     config = run_config(name, **{"model.lora_rank": 0})
     optimiser = optax.identity()
     state = jax.jit(make_init(make_system(config), optimiser, config))()
     weights = {path.removeprefix("sam/"): np.asarray(x) for path, x in state.trainable.items()}
-    about = {"kind": "sam", "model": "mini", "source": "none", "sha256": ""}
+    about = {"kind": "sam", "model": "tiny", "source": "none", "sha256": ""}
     write_weights(tmp_path / "sam.safetensors", weights, about)
     config.train.steps, config.train.epochs = 0, 0.0
     with pytest.raises(UserError, match=r"train\.epochs=0.0: expected .*wants model.sam_weights"):
