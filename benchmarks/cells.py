@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from sammix_jax.data.files import read_json, whole_file
+from sammix_jax.data.files import read_json, write_csv
 from sammix_jax.evaluation.intervals import summarise
 from sammix_jax.evaluation.results import CASES, RESULTS
 
@@ -153,14 +153,12 @@ def _mean_std(seeds: list[float]) -> tuple[float, float]:
     return float(np.mean(seeds)), float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
 
 
-def write_csv(found: dict[Key, Cell], path: pathlib.Path) -> None:
+def write_cells(found: dict[Key, Cell], path: pathlib.Path) -> None:
     """Every cell, a line each; no protocol for diagnostics."""
     columns = ("variant", "labelled_slices", "domain", "protocol", "metric")
-    with whole_file(path) as partial, open(partial, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow((*columns, *(field.name for field in dataclasses.fields(Cell))))
-        for key, cell in found.items():
-            writer.writerow((*key, *dataclasses.astuple(cell)))
+    fields = (field.name for field in dataclasses.fields(Cell))
+    rows = ((*key, *dataclasses.astuple(cell)) for key, cell in found.items())
+    write_csv(path, (*columns, *fields), rows)
 
 
 def cell_text(cell: Cell | None, digits: int, interval: bool = True) -> str:

@@ -18,7 +18,7 @@ import argparse
 import itertools
 import pathlib
 
-from benchmarks.cells import write_csv
+from benchmarks.cells import write_cells
 from benchmarks.label_tables import label_cells, markdown, plot
 from benchmarks.rows import DOMAINS, place_row, run_rows
 from configs import labels
@@ -51,7 +51,7 @@ def main() -> None:
 
     def write(rows) -> None:
         found = label_cells(rows)
-        write_csv(found, args.workdir / "labels.csv")
+        write_cells(found, args.workdir / "labels.csv")
         (args.workdir / "labels.md").write_text(markdown(found, DOMAINS, SamMixSystem.protocols))
         plot(found, DOMAINS, args.workdir / "labels.png")
 

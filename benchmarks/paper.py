@@ -15,7 +15,7 @@ import pathlib
 import sys
 from collections.abc import Mapping
 
-from benchmarks.cells import write_csv
+from benchmarks.cells import write_cells
 from benchmarks.paper_record import Key, Record, read_records, records_of, write_records
 from benchmarks.paper_tables import (
     best_baseline,
@@ -86,7 +86,7 @@ def check_budgets(rows, config_of, records: Mapping[Key, Record]) -> None:
 def write_tables(records: dict[Key, Record], folder: pathlib.Path) -> str:
     """Writes the table and figures of these records; returns the table."""
     found = paper_cells(records)
-    write_csv(found, folder / "paper.csv")
+    write_cells(found, folder / "paper.csv")
     steps = {(system, count): r.steps for (system, count, _), r in records.items()}
     table = markdown(found, steps, DOMAINS)
     (folder / "paper.md").write_text(table)

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 
 from benchmarks.cells import Row, Score, read_scores
-from sammix_jax.data.files import read_json, whole_file
+from sammix_jax.data.files import read_json, write_csv
 from sammix_jax.training.log import read_log
 from sammix_jax.weights import BEGUN_FROM
 
@@ -81,9 +81,9 @@ def write_records(folder: pathlib.Path, records: dict[Key, Record]) -> None:
         for key, r in items
         for s in r.scores
     ]
-    _write(folder / SCORES, SCORE_COLUMNS, scores)
+    write_csv(folder / SCORES, SCORE_COLUMNS, scores)
     curves = [(*key, step, _text(dice)) for key, record in items for step, dice in record.curve]
-    _write(folder / CURVES, CURVE_COLUMNS, curves)
+    write_csv(folder / CURVES, CURVE_COLUMNS, curves)
 
 
 def _key(line: dict[str, str]) -> Key:
@@ -99,10 +99,3 @@ def _read(path: pathlib.Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-def _write(path: pathlib.Path, columns: tuple[str, ...], lines: Iterable[tuple]) -> None:
-    with whole_file(path) as partial, open(partial, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(lines)

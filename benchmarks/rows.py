@@ -11,7 +11,7 @@ import jax
 from benchmarks.cells import Row
 from sammix_jax import evaluate, prepare, train
 from sammix_jax.compilation import cache_compilations
-from sammix_jax.config import check_workdir
+from sammix_jax.config_files import check_workdir
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.data import phantom
 from sammix_jax.errors import UserError

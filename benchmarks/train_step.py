@@ -49,7 +49,7 @@ def jax_step(
     Args:
       dtype: compute type.
       quotas: slices with a mask and without.
-      remat: a name in `remat.POLICIES`.
+      remat: a name in `blocks.POLICIES`.
     """
     import jax
 

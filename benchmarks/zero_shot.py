@@ -21,7 +21,6 @@ from flax import traverse_util
 
 from sammix_jax.config import default_config
 from sammix_jax.data import datasets, volumes
-from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.masks import read_mask
 from sammix_jax.data.phantom import DOMAINS, write_totalsegmentator
 from sammix_jax.method.preprocess import window
@@ -56,7 +55,7 @@ def organ_slices(root, organ: str, side: int) -> list[Prompted]:
     for scan in datasets.find_scans(root, organ):
         volume = volumes.read_volume(scan.image)
         truth = read_mask(scan.label, volume, scan.label_values, scan.known_values)
-        geometry = slice_geometry(volume.hu.shape[1:], volume.spacing[1:], side, "fit")
+        geometry = volume.geometry(side, "fit")
         masks = np.stack([geometry.mask_to_square(mask) for mask in truth])
         shown = np.flatnonzero(masks.sum(axis=(1, 2)) >= LEAST_PIXELS)
         if len(shown):

@@ -36,7 +36,7 @@ STEPS, BASELINE_STEPS = 300, 3000
 # A token of the mini is 8 pixels wide: of a slice, 4. Averaged to cells of 8 pixels, the phantom's
 # true masks keep a Dice of 0.94, to cells of 4 they keep 0.98.
 SAM_SIDE = 256
-PROMPTS, DECODER = r"sam/prompt_encoder/(?!position_encoding).*", r"sam/mask_decoder/.*"
+PROMPTS, DECODER = r"sam/prompt_encoder/.*", r"sam/mask_decoder/.*"
 NO_MASK = r"sam/prompt_encoder/no_mask_embed"
 LORA = r"sam/image_encoder/.*/lora_.*"
 # Images are normalised as they were in pretraining.

@@ -54,7 +54,7 @@ def get_config(part: str = "first"):
 
     config.train.trainable = (
         r"sam/(image_encoder|mask_decoder)/.*",
-        r"sam/prompt_encoder/(?!position_encoding).*",
+        r"sam/prompt_encoder/.*",
     )
     config.train.adam_b2 = 0.95
     config.train.schedule = "cosine"

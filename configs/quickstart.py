@@ -40,7 +40,7 @@ def get_config(start: str = "pretrained"):
 
     # The classifier is new, and SAM has seen drawn shapes alone: everything learns.
     config.train.trainable = (
-        r"sam/(?!prompt_encoder/position_encoding).*",
+        r"sam/.*",
         r"(classifier|fusion)/.*",
     )
     config.train.steps = 300

@@ -16,9 +16,10 @@ from absl import app, flags
 from convert.classifier_rules import CLASSIFIERS
 from convert.rules import recognise
 from convert.sources import caster, foreign, read_tensors
+from sammix_jax.data.files import sha256
 from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
-from sammix_jax.weights import DTYPES, sha256, write_weights
+from sammix_jax.weights import DTYPES, write_weights
 
 
 def convert(path, output, dtype: str | None = None) -> str:

@@ -24,9 +24,9 @@ from convert.hf_rules import HUGGING_FACE, write_folder
 from convert.rules import recognise
 from convert.sam_rules import OFFICIAL, SAM_MODELS, resize_tables, sam_shapes
 from convert.sources import caster, foreign, import_torch, read_metadata, read_tensors, to_torch
-from sammix_jax.config import load_config
+from sammix_jax.config_files import load_config
 from sammix_jax.config_rules import CHOICES
-from sammix_jax.data.files import whole_file
+from sammix_jax.data.files import sha256, whole_file
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.data.split_files import SPLIT
 from sammix_jax.errors import UserError
@@ -34,7 +34,7 @@ from sammix_jax.inference import load_model
 from sammix_jax.models.lora import merge_lora
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.systems.named import HOLD_SAM
-from sammix_jax.weights import DTYPES, IMAGE_KEYS, read_weights, sha256, write_weights
+from sammix_jax.weights import DTYPES, IMAGE_KEYS, read_weights, write_weights
 
 FORMATS = {
     "sammix": "one .safetensors for this project",

@@ -1,6 +1,6 @@
-"""The one exception that a user, not a programmer, can mend."""
+"""The one exception that a user, not a programmer, can mend, and its wording."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 
 class UserError(Exception):
@@ -8,6 +8,11 @@ class UserError(Exception):
 
     `sammix_jax.main` prints it without a traceback and exits with status 1.
     """
+
+
+def listed(faults: Iterable[str]) -> str:
+    """Faults for the end of a message, each on a line of its own."""
+    return "".join(f"\n  {fault}" for fault in faults)
 
 
 def check_name(kind: str, name: str, names: Collection[str]) -> None:

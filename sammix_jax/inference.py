@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sammix_jax import hosts
-from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
@@ -133,9 +132,7 @@ def predict_volume(
       truth: (D, H, W) bool for `ORACLES` among the protocols, else None.
       config: the run's config.
     """
-    geometry = slice_geometry(
-        volume.hu.shape[1:], volume.spacing[1:], config.data.size, config.data.resize
-    )
+    geometry = volume.geometry(config.data.size, config.data.resize)
     hu = np.stack([geometry.image_to_square(image) for image in volume.hu])
     squares = None if truth is None else np.stack([geometry.mask_to_square(m) for m in truth])
     slices = predict_slices(predict, variables, hu, squares, config.evaluate.batch)

@@ -17,7 +17,7 @@ from absl import app, flags
 
 from sammix_jax import evaluate, hosts, options, plan, predict, prepare, sweep, train
 from sammix_jax.compilation import cache_compilations
-from sammix_jax.config import check_workdir
+from sammix_jax.config_files import check_workdir
 from sammix_jax.config_rules import check_weight_files
 from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.slices import SliceStore

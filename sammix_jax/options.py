@@ -7,7 +7,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from sammix_jax.config import default_config, load_config, overlay
+from sammix_jax.config import default_config
+from sammix_jax.config_files import load_config, overlay
 from sammix_jax.config_rules import check_config
 from sammix_jax.data.datasets import natural
 from sammix_jax.data.paths import Path, find_matching

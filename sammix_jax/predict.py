@@ -121,9 +121,7 @@ def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Predi
     shown = figures.overlay(volume, mask, config.input.window)
     figures.save(shown, overlay, {MASK_DIGEST: _digest(file_voxels(mask, volume))})
     write_mask(mask_path, mask, volume)
-    known = volume.has_spacing
-    organ_ml = float(np.count_nonzero(mask) * volume.voxel_ml) if known else None
-    return Prediction(mask_path, overlay, organ_ml)
+    return Prediction(mask_path, overlay, volume.millilitres(mask))
 
 
 def _overlay(mask_path: Path) -> Path:

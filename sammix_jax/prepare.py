@@ -10,8 +10,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
-import logging
-import math
 import time
 from collections.abc import Callable
 
@@ -19,18 +17,17 @@ import numpy as np
 from tqdm import tqdm
 
 from sammix_jax import hosts
-from sammix_jax.config import differing_fields
-from sammix_jax.data import datasets, paper, phantom, volumes
+from sammix_jax.config_files import differing_fields
+from sammix_jax.data import datasets, phantom, volumes
 from sammix_jax.data.files import read_json, write_json
-from sammix_jax.data.geometry import slice_geometry
+from sammix_jax.data.geometry import kept_slices
 from sammix_jax.data.masks import count_organ_pixels, read_annotation
 from sammix_jax.data.paths import Path, absolute, as_path, version
 from sammix_jax.data.scan_writer import clear_abandoned, write_scan
-from sammix_jax.data.sides import organ_side, other_side, seem_mirrored
+from sammix_jax.data.sides import organ_side
 from sammix_jax.data.slices import MANIFEST, SCAN, VERSION, ScanRecord, SliceStore
+from sammix_jax.data.store_log import log_store
 from sammix_jax.errors import UserError
-
-_LOG = logging.getLogger(__name__)
 
 # Each worker holds a whole scan; more of them wait for the disk and cost gigabytes.
 MOST_WORKERS = 8
@@ -78,72 +75,13 @@ def prepare(config, workdir) -> SliceStore:
     # A store that others share may be theirs to write alone.
     if missing or not _holds(store / MANIFEST, manifest):
         write_json(store / MANIFEST, manifest)
-
-    seconds = time.monotonic() - begin
-    unlabelled = [record.name for record in records if not record.has_label]
-    rate = f", {len(missing) / seconds:.2f} scans/s" if missing else ""
-    _LOG.info(
-        "prepared %d scans (%d new%s): %d labelled, %d unlabelled%s → %s",
-        len(records),
-        len(missing),
-        rate,
-        len(records) - len(unlabelled),
-        len(unlabelled),
-        _listed(unlabelled),
-        store,
-    )
-    if partly := [r.name for r in records if r.unannotated]:
-        count = sum(len(r.unannotated) for r in records)
-        _LOG.info(
-            "annotated in part: %d scans%s, whose %d slices with voxels to ignore lend no mask",
-            len(partly),
-            _listed(partly),
-            count,
-        )
-    without = [r.name for r in records if r.has_label and not any(r.organ_pixels)]
-    if without:
-        _LOG.warning("masks without any %s: %d scans%s", data.organ, len(without), _listed(without))
-    if gaps := [record.name for record in records if _has_gaps(record)]:
-        _LOG.warning(
-            "masks that lack %s on many slices between its first and its last: %d scans%s. What "
-            "nobody annotated there is taken for slices without it: give such slices a value to "
-            "ignore.",
-            data.organ,
-            len(gaps),
-            _listed(gaps),
-        )
-    if mirrored := seem_mirrored(records):
-        _LOG.warning(
-            "%s lies on the other side in %d scans that know no orientation%s than in those that "
-            "know theirs, so they seem to be mirrored: look at them, and say by "
-            "--config.data.default_orientation=%s, with another store, how their axes run.",
-            data.organ,
-            len(mirrored),
-            _listed([record.name for record in mirrored]),
-            other_side(mirrored[0].axcodes),
-        )
+    log_store(records, len(missing), time.monotonic() - begin, data.organ, store)
     return SliceStore.open(store)
 
 
 def store_folder(config, workdir) -> Path:
     """Where the slice store is: `data.store`, or WORKDIR/store."""
     return as_path(config.data.store or as_path(workdir) / "store")
-
-
-def kept_slices(depth: int, central_fraction: float, slice_range: tuple[float, float]) -> range:
-    """Which of a scan's slices are kept.
-
-    Args:
-      depth: how many it has.
-      central_fraction: below 1, the authors' central slices; 1 leaves the choice to `slice_range`.
-      slice_range: (start, stop) as fractions of the depth, from the feet up; slices that lie only
-        partly inside are kept too.
-    """
-    if central_fraction < 1:
-        return paper.central_slices(depth, central_fraction)
-    # Rounded, or 0.55 * 100 = 55.00000000000001 would take in another slice.
-    start, stop = (round(end * depth, 6) for end in slice_range)
-    return range(max(0, math.floor(start)), min(depth, math.ceil(stop)))
 
 
 def _phantom(data, workdir: Path) -> Path:
@@ -221,9 +159,7 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
             f"{scan.image}: {depth} slices leave none at data.central_fraction={fraction} and "
             f"data.slice_range={tuple(slice_range)}; keep more of them."
         )
-    geometry = slice_geometry(
-        volume.hu.shape[1:], volume.spacing[1:], params["size"], params["resize"]
-    )
+    geometry = volume.geometry(params["size"], params["resize"])
     arrays = {"hu.npy": np.stack([geometry.image_to_square(volume.hu[z]) for z in kept])}
     side = 0.0
     if mask is not None:
@@ -291,18 +227,8 @@ def _refuse_another_scan(scan: datasets.Scan, record: ScanRecord, fix: str) -> N
         )
 
 
-def _has_gaps(record: ScanRecord) -> bool:
-    """Whether over a quarter of the slices from the organ's first to its last do not show it."""
-    shown = np.flatnonzero(record.organ_pixels)
-    return len(shown) > 0 and len(shown) < 0.75 * (np.ptp(shown) + 1) and not record.unannotated
-
-
 def _holds(path: Path, value) -> bool:
     return path.exists() and read_json(path) == json.loads(json.dumps(value))
-
-
-def _listed(names: list[str]) -> str:
-    return f" ({', '.join(names[:8])}{' …' if len(names) > 8 else ''})" if names else ""
 
 
 def _paths(scan: datasets.Scan) -> dict[str, str]:

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 import jax
 
 from sammix_jax import hosts
-from sammix_jax.config import check_workdir, claim_workdir
+from sammix_jax.config_files import check_workdir, claim_workdir
 from sammix_jax.data.batches import Batches
 from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.split_files import keep, load_or_draw
-from sammix_jax.data.splits import Split, partly_annotated, scored_scans, taught_scans
+from sammix_jax.data.splits import Split, taught_scans
 from sammix_jax.errors import UserError
+from sammix_jax.evaluation.scans import partly_annotated, scored_scans
 from sammix_jax.evaluation.validate import validate
 from sammix_jax.inference import make_predict
 from sammix_jax.sharding import abstract_state, batch_layout, make_mesh, place_batch, shardings

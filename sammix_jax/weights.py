@@ -15,7 +15,6 @@ A file is one `.safetensors`. Its keys are flat parameter paths, such as
 The programs in `convert/` write such files.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 
@@ -25,7 +24,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sammix_jax.data.files import local_copy, whole_file
+from sammix_jax.data.files import local_copy, sha256, whole_file
 from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam.predictor import SamPredictor
@@ -83,12 +82,6 @@ def digests(config) -> dict[str, str]:
         "model.classifier_weights": config.model.classifier_weights,
     }
     return {field: sha256(path) if path else "" for field, path in files.items()}
-
-
-def sha256(path) -> str:
-    """Of a file's content, in hexadecimal digits."""
-    with local_copy(path) as local, open(local, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_weights(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

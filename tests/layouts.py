@@ -15,11 +15,9 @@ import numpy as np
 import optax
 from conftest import small_config
 from jax.sharding import Mesh
-from sam_cases import TINY
 
 from sammix_jax import hosts, sharding
 from sammix_jax.inference import make_predict, predict_slices
-from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.sharding import (
     BatchLayout,
     abstract_state,
@@ -93,7 +91,7 @@ def build(devices: int, fsdp: int, accumulate: int) -> Layout:
     mesh = make_mesh(fsdp, jax.devices()[:devices])
     layout = batch_layout(config.train, mesh)
     assert layout.shards == devices
-    system = SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config)
+    system = SamMixSystem.of(config)
     # Adam divides by a gradient's own size. Where it is zero but for rounding, as of the biases of
     # keys, it would step by that rounding's sign at full length.
     optimiser = optax.sgd(LEARNING_RATE)

@@ -25,5 +25,6 @@ def example(case):
 def evaluation(run, dices, config, faults=(), trained_on=()):
     cases = [case(n, p, d) for n, d in dices.items() for p in ("cam", "gt_box")]
     guidance = Guidance(np.array([True, False]), np.array([0.9, 0.2]), np.ones(1), np.zeros(1))
-    results = collect(config, run, cases, [guidance], faults, trained_on)
+    digests = dict.fromkeys(dices, "digest")
+    results = collect(config, run, cases, [guidance], faults, trained_on, digests, [], 40)
     return Evaluation(cases, results, [example(c) for c in cases if c.protocol == "cam"])

@@ -23,7 +23,7 @@ LAYERS = [
     {"training"},
     {"systems"},
     {"method"},
-    {"config", "presets", "weights"},
+    {"config", "config_files", "presets", "weights"},
     {"models", "data"},
     {"hosts", "sharding"},
     {"errors", "flops", "compilation"},

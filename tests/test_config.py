@@ -7,7 +7,8 @@ import pathlib
 import pytest
 
 from configs import labels, lits, totalsegmentator
-from sammix_jax.config import check_workdir, claim_workdir, default_config, load_config, overlay
+from sammix_jax.config import default_config
+from sammix_jax.config_files import check_workdir, claim_workdir, load_config, overlay
 from sammix_jax.config_rules import check_config, check_weight_files
 from sammix_jax.errors import UserError
 from sammix_jax.presets import apply_preset

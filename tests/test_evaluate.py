@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 from sammix_jax import evaluate as evaluation_module
-from sammix_jax.config import default_config, load_config
+from sammix_jax.config import default_config
+from sammix_jax.config_files import load_config
 from sammix_jax.data import datasets, phantom
 from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.split_files import TrainingScans, digest, training_scans
 from sammix_jax.errors import UserError
-from sammix_jax.evaluate import IncompleteEvaluation, _draw, evaluate, read_labelled
+from sammix_jax.evaluate import IncompleteEvaluation, evaluate
 from sammix_jax.evaluation import results as results_module
 from sammix_jax.evaluation.results import results_folder, saved_results
+from sammix_jax.evaluation.scans import draw_scans, read_labelled
 from sammix_jax.predict import predict
 
 
@@ -281,11 +283,11 @@ def test_a_draw_is_of_scans_that_show_the_organ(drawn_from):
     draws = []
     for seed in range(8):
         config.evaluate.seed = seed
-        drawn, faults = _draw(scans, config)
+        drawn, faults = draw_scans(scans, config)
         names = [scan.name for scan in drawn]
         assert len(set(names)) == 4 and not faults
         assert names == sorted(names, key=datasets.natural)
-        assert _draw(scans[::-1], config)[0] == drawn  # whatever the order on disk
+        assert draw_scans(scans[::-1], config)[0] == drawn  # whatever the order on disk
         draws.append(tuple(names))
     chosen = {name for names in draws for name in names}
     assert chosen == {f"volume-{n}" for n in range(11)} - {"volume-3", "volume-7"}
@@ -295,13 +297,13 @@ def test_a_draw_is_of_scans_that_show_the_organ(drawn_from):
 def test_a_draw_of_more_than_there_are(drawn_from):
     scans, config = drawn_from
     config.evaluate.scans = 9
-    assert len(_draw(scans, config)[0]) == 9
+    assert len(draw_scans(scans, config)[0]) == 9
     config.evaluate.scans = 10
     with pytest.raises(UserError, match=r"evaluate\.scans=10: only 9 of the 11 labelled scans"):
-        _draw(scans, config)
+        draw_scans(scans, config)
     scans[0].label.write_bytes(b"no mask")
     with pytest.raises(UserError, match=r"only 8 of the 11(.|\n)*segmentation-0"):
-        _draw(scans, config)
+        draw_scans(scans, config)
 
 
 def test_a_draw_passes_over_what_cannot_be_read(drawn_from):
@@ -309,7 +311,7 @@ def test_a_draw_passes_over_what_cannot_be_read(drawn_from):
     config.evaluate.scans = 9
     scans[0].label.write_bytes(b"no mask")
     config.evaluate.scans = 8
-    drawn, faults = _draw(scans, config)
+    drawn, faults = draw_scans(scans, config)
     assert "volume-0" not in [scan.name for scan in drawn] and len(drawn) == 8
     assert len(faults) == 1 and "segmentation-0" in faults[0]
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
-from sam_cases import TINY
 
 from sammix_jax.config import default_config
 from sammix_jax.data import datasets, phantom
@@ -21,7 +20,6 @@ from sammix_jax.data.split_files import load_or_draw
 from sammix_jax.evaluate import evaluate
 from sammix_jax.inference import make_predict, predict_slices
 from sammix_jax.method.consistency import follow, pseudo_masks, ramp
-from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.prepare import prepare
 from sammix_jax.sharding import BatchLayout
 from sammix_jax.systems import sam_mix as sam_mix_system
@@ -360,7 +358,7 @@ def test_the_teachers_fields_reach_the_step(config, monkeypatch):
 
     def trace():
         seen.clear()
-        system = SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config)
+        system = SamMixSystem.of(config)
         optimiser = make_optimiser(config.train, 10)
         state = jax.eval_shape(make_init(system, optimiser, config))
         step = make_train_step(system, optimiser, config, BatchLayout(1, 2))
@@ -385,7 +383,7 @@ def prediction():
     """`predict(probability, **evaluate)`: five slices, by a model whose classifier gives all the
     same probability; and the slices."""
     config = small_config()
-    system = SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config)
+    system = SamMixSystem.of(config)
     hu = np.random.default_rng(0).normal(0, 100, (5, 64, 64)).astype(np.int16)
     truth = np.zeros((5, 64, 64), bool)
     truth[:4, 10:30, 20:50] = True

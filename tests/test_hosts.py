@@ -9,7 +9,7 @@ from conftest import small_config
 from processes import finish, start_several
 
 from sammix_jax import hosts
-from sammix_jax.config import claim_workdir
+from sammix_jax.config_files import claim_workdir
 from sammix_jax.errors import UserError
 from sammix_jax.training.log import read_log
 

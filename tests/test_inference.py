@@ -25,7 +25,7 @@ def masks_of(config):
     def found(component, logits_of=lambda logits: logits):
         def predict(variables, hu, truth):
             logits = {"none": logits_of(jnp.where(hu > 50, 5.0, -5.0))}
-            return SlicePredictions(None, None, None, None, logits)
+            return SlicePredictions(logits)
 
         config.evaluate.component = component
         whole = predict_volume(predict, {"weight": jnp.zeros(1)}, volume, None, config)

@@ -9,6 +9,7 @@ import pytest
 from configs import lits
 from sammix_jax.data import phantom
 from sammix_jax.prepare import prepare
+from sammix_jax.sharding import BatchLayout
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.train import train
 from sammix_jax.training.log import read_log
@@ -27,7 +28,7 @@ def test_the_papers_step_is_sound_in_shape():
         "mask": jax.ShapeDtypeStruct((1, size, size), np.uint8),
         "image_label": jax.ShapeDtypeStruct((2,), np.int32),
     }
-    step = make_train_step(system, optimiser, config)
+    step = make_train_step(system, optimiser, config, BatchLayout(1, 1))
     after, metrics = jax.eval_shape(step, state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state

@@ -14,7 +14,8 @@ from object_store import ObjectStore, upload
 from scored import DICES, evaluation
 
 from sammix_jax import options, prepare
-from sammix_jax.config import check_workdir, claim_workdir, default_config, load_config
+from sammix_jax.config import default_config
+from sammix_jax.config_files import check_workdir, claim_workdir, load_config
 from sammix_jax.config_rules import check_weight_files
 from sammix_jax.data import phantom
 from sammix_jax.data.datasets import find_scans

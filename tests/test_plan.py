@@ -7,17 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import small_config
-from sam_cases import TINY
 
 from sammix_jax import plan, sweep
 from sammix_jax.errors import UserError
 from sammix_jax.flops import count_flops
-from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.models.blocks import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, count_collectives, find_target
 from sammix_jax.sharding import make_mesh
-from sammix_jax.systems.sam_mix import SamMixSystem
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -91,17 +87,6 @@ def test_refusals(topology, told):
         find_target(topology)
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """The small config on the smallest SAM."""
-    monkeypatch.setattr(
-        plan,
-        "make_system",
-        lambda config: SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config),
-    )
-    return small_config()
-
-
 def check(plans: list[StepPlan], target: Target, config) -> None:
     train, predict = plans
     assert (train.name, predict.name) == ("train", "predict")
@@ -116,25 +101,25 @@ def check(plans: list[StepPlan], target: Target, config) -> None:
     assert "activations" in table and "fits" in table and "TFLOP" in table
 
 
-def test_the_real_steps_are_planned_for_the_devices_at_hand(tiny):
+def test_the_real_steps_are_planned_for_the_devices_at_hand(config):
     target = find_target("cpu")
     assert target.memory > GIB and target.devices == jax.devices("cpu")
-    plans = plan.plan(tiny, target)
-    check(plans, target, tiny)
+    plans = plan.plan(config, target)
+    check(plans, target, config)
     assert not plans[0].collectives
     small = Target("small", target.devices, plans[0].total - 1)
     assert "DOES NOT FIT" in plan.plan_table(plans, small)
 
 
 @needs_libtpu
-def test_the_mini_step_compiles_for_a_tpu_without_one(tiny):
-    tiny.train.batch_labelled = tiny.train.batch_unlabelled = 4
-    tiny.mesh.fsdp = 2
+def test_the_step_compiles_for_a_tpu_without_one(config):
+    config.train.batch_labelled = config.train.batch_unlabelled = 4
+    config.mesh.fsdp = 2
     target = find_target("v5e:2x2")
     assert len(target.devices) == 4 and target.memory == 15.75 * GIB
     assert {device.platform for device in target.devices} == {"tpu"}
-    plans = plan.plan(tiny, target)
-    check(plans, target, tiny)
+    plans = plan.plan(config, target)
+    check(plans, target, config)
     # Gradients and statistics are summed; parameters that lie in parts are gathered.
     assert plans[0].collectives["all-reduce"] > 0
     assert all(found.collectives["all-gather"] > 0 for found in plans)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from data.test_volumes import AXCODES, oriented
 
-from sammix_jax.config import load_config
+from sammix_jax.config_files import load_config
 from sammix_jax.data import phantom
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config
-from sam_cases import TINY
 from toy import Toy, toy_state
 
 from sammix_jax import train as train_module
@@ -19,7 +18,6 @@ from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import evaluate
-from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.prepare import prepare
 from sammix_jax.sharding import BatchLayout, abstract, make_mesh, replicated
 from sammix_jax.systems.sam_mix import SamMixSystem
@@ -29,10 +27,6 @@ from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.log import read_log
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import make_init, make_train_step
-
-
-def tiny_system(config):
-    return SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config)
 
 
 def test_training_learns_and_logs(workdir):
@@ -134,7 +128,7 @@ def step_and_state():
     config.train.weight_decay = 0.0  # what moves has a gradient
     config.train.schedule, config.train.learning_rate = "constant", 0.01
     config.loss.bce = 1.0
-    system, optimiser = tiny_system(config), make_optimiser(config.train, 40)
+    system, optimiser = SamMixSystem.of(config), make_optimiser(config.train, 40)
     state = jax.jit(make_init(system, optimiser, config))()
     return jax.jit(make_train_step(system, optimiser, config, NOISE)), state
 
@@ -234,7 +228,7 @@ def test_one_class_is_told(caplog):
 
 def test_a_frozen_batch_norm_stays(config):
     config.model.freeze_batch_norm = True
-    system, optimiser = tiny_system(config), make_optimiser(config.train, 30)
+    system, optimiser = SamMixSystem.of(config), make_optimiser(config.train, 30)
     like = jax.eval_shape(make_init(system, optimiser, config))
     state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), like)
     step = make_train_step(system, optimiser, config, NOISE)
@@ -269,7 +263,7 @@ def test_the_classifier_warms_up_alone(config, teacher):
 def test_an_encoder_frozen_at_random_values_is_told(config, caplog):
     def told(sam_weights: str) -> bool:
         caplog.clear()
-        init = make_init(tiny_system(config), make_optimiser(config.train, 10), config)
+        init = make_init(SamMixSystem.of(config), make_optimiser(config.train, 10), config)
         train_module._tell_of_frozen_noise(jax.eval_shape(init).frozen, sam_weights)
         return "--config.model.sam_weights=FILE" in caplog.text
 

@@ -12,7 +12,7 @@ from benchmarks import nnunet
 from benchmarks.nnunet.commands import commands, execute, script
 from benchmarks.nnunet.export import export
 from benchmarks.nnunet.score import PROTOCOL, score
-from sammix_jax.config import load_config
+from sammix_jax.config_files import load_config
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.tables import text
 

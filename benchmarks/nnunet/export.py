@@ -18,7 +18,7 @@ from benchmarks.nnunet.layout import (
     slice_affine,
     write_nifti,
 )
-from sammix_jax.config import claim_workdir
+from sammix_jax.config_files import claim_workdir
 from sammix_jax.data import volumes
 from sammix_jax.data.files import write_json
 from sammix_jax.data.masks import read_mask
@@ -26,7 +26,7 @@ from sammix_jax.data.paths import absolute, as_path, resolved
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.split_files import keep, load_or_draw
 from sammix_jax.errors import UserError
-from sammix_jax.evaluate import scans_to_score
+from sammix_jax.evaluation.scans import scans_to_score
 from sammix_jax.prepare import store_folder
 
 _LOG = logging.getLogger(__name__)

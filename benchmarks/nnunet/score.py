@@ -9,16 +9,15 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.nnunet.layout import CASES, ENDING, Layout, canonical_affine, read_cases
-from sammix_jax.config import load_config
+from sammix_jax.config_files import load_config
 from sammix_jax.data import datasets, volumes
-from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.masks import read_mask
 from sammix_jax.data.nifti import CANONICAL
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.split_files import training_scans
 from sammix_jax.errors import UserError
-from sammix_jax.evaluate import read_labelled, scan_digests
 from sammix_jax.evaluation.results import Evaluation, collect, results_folder, write_results
+from sammix_jax.evaluation.scans import read_labelled, scan_digests
 from sammix_jax.evaluation.scores import PAPER_SIDE, Guidance, score_scan
 from sammix_jax.inference import SlicePredictions, VolumePrediction
 from sammix_jax.method.postprocess import keep_component
@@ -74,15 +73,11 @@ def as_prediction(mask: np.ndarray, scan: volumes.Volume, config) -> VolumePredi
 
     The logits are ±1 on slices of `PAPER_SIDE` squared, as the truth is brought onto them.
     """
-    stored, paper = (
-        slice_geometry(scan.hu.shape[1:], scan.spacing[1:], side, config.data.resize)
-        for side in (config.data.size, PAPER_SIDE)
-    )
+    resize = config.data.resize
+    stored, paper = (scan.geometry(side, resize) for side in (config.data.size, PAPER_SIDE))
     inside = np.stack([paper.mask_to_square(m) for m in mask])
     logits = np.where(inside, np.float32(1), np.float32(-1))
-    slices = SlicePredictions(
-        organ_probability=None, cam=None, box=None, empty=None, logits={PROTOCOL: logits}
-    )
+    slices = SlicePredictions({PROTOCOL: logits})
     hu = np.stack([stored.image_to_square(image) for image in scan.hu])
     return VolumePrediction({PROTOCOL: mask}, slices, hu, None)
 
@@ -101,11 +96,11 @@ def _score(layout: Layout, exported: dict) -> Evaluation:
         prediction = as_prediction(mask, known.volume, config)
         cases += score_scan(known, prediction, (PROTOCOL,), at_paper_side)
         guidance.append(Guidance(known.organ_pixels > 0, None, None, None))
-        found = scan_digests(known, prediction)
+        found = scan_digests(known, prediction.hu)
         digests[known.name] = "-".join(found)
         if trained.digests.intersection(found):
             seen.append(known.name)
-    results = collect(config, layout.output, cases, guidance, (), seen, digests)
+    results = collect(config, layout.output, cases, guidance, (), seen, digests, (), None)
     results["method"] = "nnU-Net"
     write_results(results_folder(config, layout.output), results, cases)
     return Evaluation(cases, results, [])

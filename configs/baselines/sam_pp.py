@@ -25,9 +25,9 @@ def get_config(data="phantom"):
     config.model.lora_rank = 0
     config.evaluate.protocols = ("gt_points", "gt_box")
     config.train.batch_unlabelled = 0
-    config.train.trainable = (r"sam/prompt_encoder/(?!position_encoding).*", r"sam/mask_decoder/.*")
+    config.train.trainable = (r"sam/prompt_encoder/.*", r"sam/mask_decoder/.*")
     if data == "lits":
         config.log.validate_every_steps = 50  # an epoch of 50 slices: ten of the run's at 5
     if data == "phantom":
-        config.train.trainable = (r"sam/(?!prompt_encoder/position_encoding).*",)
+        config.train.trainable = (r"sam/.*",)
     return config

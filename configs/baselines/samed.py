@@ -25,5 +25,5 @@ def get_config(data="phantom"):
         r"sam/mask_decoder/.*",
     )
     if data == "phantom":
-        config.train.trainable = (r"sam/(?!prompt_encoder/position_encoding).*",)
+        config.train.trainable = (r"sam/.*",)
     return config

@@ -1,12 +1,15 @@
 """Files that appear whole or not at all, here and in object stores."""
 
 import contextlib
+import csv
+import hashlib
 import json
 import os
 import pathlib
 import tempfile
 import threading
 import uuid
+from collections.abc import Iterable
 
 from sammix_jax import hosts
 from sammix_jax.data.paths import Path, as_path, is_remote
@@ -77,6 +80,20 @@ class LocalCopies:
 def write_json(path, value) -> None:
     with whole_file(path) as partial:
         partial.write_text(json.dumps(value, indent=1))
+
+
+def write_csv(path, columns: Iterable[str], rows: Iterable[Iterable]) -> None:
+    """Writes a table; what is None is an empty field."""
+    with whole_file(path) as partial, open(partial, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def sha256(path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with local_copy(path) as local, open(local, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path):

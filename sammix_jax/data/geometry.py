@@ -1,6 +1,7 @@
-"""Between a scan's in-plane grid and the square slices that the model sees."""
+"""Which slices of a scan the model sees, and how they lie in its squares."""
 
 import dataclasses
+import math
 
 import numpy as np
 from PIL import Image
@@ -9,6 +10,22 @@ from sammix_jax.data import paper
 
 AIR_HU = -1024
 RESIZES = ("fit", "stretch", "paper")
+
+
+def kept_slices(depth: int, central_fraction: float, slice_range: tuple[float, float]) -> range:
+    """Which of a scan's slices are kept.
+
+    Args:
+      depth: how many it has.
+      central_fraction: below 1, the authors' central slices; 1 leaves the choice to `slice_range`.
+      slice_range: (start, stop) as fractions of the depth, from the feet up; slices that lie only
+        partly inside are kept too.
+    """
+    if central_fraction < 1:
+        return paper.central_slices(depth, central_fraction)
+    # Rounded, or 0.55 * 100 = 55.00000000000001 would take in another slice.
+    start, stop = (round(end * depth, 6) for end in slice_range)
+    return range(max(0, math.floor(start)), min(depth, math.ceil(stop)))
 
 
 @dataclasses.dataclass(frozen=True)

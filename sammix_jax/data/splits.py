@@ -1,12 +1,12 @@
-"""Which patients train, validate and test, and which slices lend their masks; kept as files."""
+"""Which patients train, validate and test, and which slices lend their masks."""
 
 import dataclasses
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable
 
 import numpy as np
 
-from sammix_jax.data.slices import ScanRecord, SliceId, SliceStore
+from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.errors import UserError
 
 PARTS = ("train", "val", "test")
@@ -96,48 +96,6 @@ def patient_of(name: str, pattern: str) -> str:
 def whose(name: str, pattern: str) -> str:
     """`patient_of`; in another data set the pattern may find nothing, and a scan is a patient."""
     return patient_of(name, pattern) if re.search(pattern, name) else name
-
-
-def scored_scans(settings, split: Split) -> tuple[str, ...]:
-    """The scans of a split that an evaluation scores, where it names no other folder.
-
-    Args:
-      settings: the config's `evaluate`.
-      split: of the run.
-
-    Raises:
-      UserError: it draws from another folder, or the part that it names is empty.
-    """
-    if settings.scans:
-        raise UserError(
-            f"evaluate.scans={settings.scans}: draws from another folder; name it with "
-            "--config.evaluate.root=DIR, or set 0 to score the split's whole part."
-        )
-    names = split.part(settings.part)
-    if not names:
-        raise UserError(
-            f"evaluate.part={settings.part}: that part of the split is empty, so the model could "
-            "not be scored; choose another, as in --config.evaluate.part=train."
-        )
-    return names
-
-
-def partly_annotated(
-    settings, names: Sequence[str], records: Mapping[str, ScanRecord]
-) -> list[str]:
-    """Of the scans of the evaluated part those that are annotated in part, which cannot be scored.
-
-    Raises:
-      UserError: all of them are.
-    """
-    partly = [name for name in names if records[name].unannotated]
-    if len(partly) == len(names):
-        labels = ", ".join(records[name].label for name in partly[:5])
-        raise UserError(
-            f"evaluate.part={settings.part}: every scan is annotated in part, so none can be "
-            f"scored; annotate some throughout, or choose another part: {labels}."
-        )
-    return partly
 
 
 def taught_scans(names: Iterable[str], split: Split, pattern: str) -> tuple[str, ...]:

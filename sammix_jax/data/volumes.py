@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from sammix_jax.data import hdf5
+from sammix_jax.data.geometry import SliceGeometry, slice_geometry
 from sammix_jax.data.nifti import (
     Nifti,
     canonical_transform,
@@ -61,11 +62,6 @@ class Volume:
         return "".join(nib.orientations.ornt2axcodes(self.orientation))
 
     @property
-    def voxel_ml(self) -> float:
-        """The volume of one voxel in millilitres; right for sheared grids (gantry tilt) too."""
-        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
-
-    @property
     def is_sheared(self) -> bool:
         """Whether two axes meet at another than a right angle by more than 0.6° (gantry tilt)."""
         axes = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
@@ -75,6 +71,19 @@ class Volume:
     def has_spacing(self) -> bool:
         """Whether the file knows its spacing."""
         return not lost_spacing(self.affine, self.placed)
+
+    def millilitres(self, mask: np.ndarray) -> float | None:
+        """The volume of a mask of any of the voxels; None where the file has lost its spacing.
+
+        Right for sheared grids (gantry tilt) too.
+        """
+        if not self.has_spacing:
+            return None
+        return float(np.count_nonzero(mask) * abs(np.linalg.det(self.affine[:3, :3])) / 1000.0)
+
+    def geometry(self, side: int, resize: str) -> SliceGeometry:
+        """How its slices lie in squares of a side, as `slice_geometry` has it."""
+        return slice_geometry(self.hu.shape[1:], self.spacing[1:], side, resize)
 
 
 def read_volume(path, default_orientation: str = "") -> Volume:

@@ -1,6 +1,5 @@
 """The results of an evaluation, and their files."""
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -9,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sammix_jax.config import differing_fields
-from sammix_jax.data.files import read_json, whole_file, write_json
+from sammix_jax.config_files import differing_fields
+from sammix_jax.data.files import read_json, sha256, write_csv, write_json
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.data.split_files import LABELS, SPLIT
 from sammix_jax.errors import UserError
@@ -24,8 +23,6 @@ _LOG = logging.getLogger(__name__)
 RESULTS, CASES = "results.json", "cases.csv"
 # Of an evaluation that goes on, or was cut off.
 CASES_SO_FAR = "cases_so_far.csv"
-# Fields of `config.evaluate` that older results lack, with the values they were made by.
-NEWER = {"component": "all"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +84,9 @@ def collect(
     guidance: Sequence[Guidance],
     faults: Sequence[str],
     trained_on: Sequence[str],
-    digests: Mapping[str, str] | None = None,
-    chose: Sequence[str] = (),
-    step: int | None = None,
+    digests: Mapping[str, str],
+    chose: Sequence[str],
+    step: int | None,
 ) -> dict:
     """The content of results.json.
 
@@ -101,7 +98,7 @@ def collect(
       trained_on: names of the scans that trained the model.
       digests: of each scan by name, what `over_seeds` knows it by.
       chose: names of the scans that chose the model's checkpoint.
-      step: of that checkpoint; None takes the best there is now.
+      step: of that checkpoint; None of a model that has none here.
     """
     workdir = as_path(workdir)
     protocols = scored_protocols(make_system(config), {case.protocol for case in cases})
@@ -115,14 +112,14 @@ def collect(
         "classifier": classifier,
         "prompt": prompt,
         "scans": list(dict.fromkeys(case.scan for case in cases)),
-        "digests": dict(digests or {}),
+        "digests": dict(digests),
         "trained_on": list(trained_on),
         "chose": list(chose),
         "faults": list(faults),
         "config": json.loads(config.to_json()),
-        "split_sha256": _sha256(workdir / SPLIT),
-        "labels_sha256": _sha256(workdir / LABELS),
-        "checkpoint_step": best_step(workdir) if step is None else step,
+        "split_sha256": sha256(workdir / SPLIT),
+        "labels_sha256": sha256(workdir / LABELS),
+        "checkpoint_step": step,
     }
 
 
@@ -137,10 +134,8 @@ def write_results(folder, results: dict, cases: Sequence[Case]) -> None:
 
 def write_cases(path: Path, cases: Sequence[Case]) -> None:
     """Writes a table with a row a scan and protocol."""
-    with whole_file(path) as partial, open(partial, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in dataclasses.fields(Case))
-        writer.writerows(dataclasses.astuple(case) for case in cases)
+    columns = [field.name for field in dataclasses.fields(Case)]
+    write_csv(path, columns, map(dataclasses.astuple, cases))
 
 
 def saved_results(config, workdir) -> dict | None:
@@ -201,10 +196,6 @@ def _other_settings(results: dict, config) -> list[str]:
     """
     settings = [
         {f"evaluate.{field}": value for field, value in fields.items() if field != "batch"}
-        for fields in (NEWER | results["evaluate"], json.loads(config.evaluate.to_json()))
+        for fields in (results["evaluate"], json.loads(config.evaluate.to_json()))
     ]
     return differing_fields(*settings)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,36 +5,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sammix_jax.data.geometry import SliceGeometry, slice_geometry
+from sammix_jax.data.geometry import SliceGeometry
 from sammix_jax.data.splits import whose
-from sammix_jax.data.volumes import Volume
 from sammix_jax.evaluation import metrics
 from sammix_jax.evaluation.intervals import summarise
+from sammix_jax.evaluation.scans import LabelledScan
 from sammix_jax.inference import VolumePrediction
 from sammix_jax.method.cam import mask_to_box
 
 # Side of the slices that the paper scores, pixels; columns to compare with it have this one.
 PAPER_SIDE = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledScan:
-    """A scan and what is known of it.
-
-    Attributes:
-      name: by which results know it.
-      volume: the scan, D slices of (H, W).
-      truth: (D, H, W) bool.
-      organ_pixels: (D,) int, organ pixels of each slice on the scan's own grid; the image-level
-        label is whether there are any.
-      kept: the slices that preparing keeps for training: those that slice columns are about.
-    """
-
-    name: str
-    volume: Volume
-    truth: np.ndarray
-    organ_pixels: np.ndarray
-    kept: range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +78,16 @@ def score_scan(
       protocols: to score, in this order.
       config: the run's; reads `data.size`, `data.resize` and `evaluate.nsd_tolerance`.
     """
-    shape, spacing = scan.volume.hu.shape[1:], scan.volume.spacing[1:]
-    stored, paper = (
-        slice_geometry(shape, spacing, side, config.data.resize)
-        for side in (config.data.size, PAPER_SIDE)
-    )
+    volume, resize = scan.volume, config.data.resize
+    stored, paper = (volume.geometry(side, resize) for side in (config.data.size, PAPER_SIDE))
     squares = {z: paper.mask_to_square(scan.truth[z]) for z in scan.kept}
     squares = {z: square for z, square in squares.items() if square.any()}
-    known = scan.volume.has_spacing
-    voxel_ml = scan.volume.voxel_ml if known else None
-    measurable = known and not scan.volume.is_sheared  # surface-distance knows boxes alone
+    measurable = volume.has_spacing and not volume.is_sheared  # surface-distance knows boxes alone
     cases = []
     for protocol in protocols:
         mask, logits = prediction.masks[protocol], prediction.slices.logits[protocol]
         score = metrics.volume_metrics(
-            scan.truth, mask, scan.volume.spacing, config.evaluate.nsd_tolerance
+            scan.truth, mask, volume.spacing, config.evaluate.nsd_tolerance
         )
         per_slice = [
             metrics.slice_metrics(truth, _paper_square(logits[z], stored, paper))
@@ -133,9 +108,9 @@ def score_scan(
                 volume_error=score.volume_error,
                 slice_dice=slice_dice,
                 slice_hausdorff_px=slice_hausdorff,
-                false_positive_ml=_millilitres(mask[scan.organ_pixels == 0], voxel_ml),
-                truth_ml=_millilitres(scan.truth, voxel_ml),
-                predicted_ml=_millilitres(mask, voxel_ml),
+                false_positive_ml=volume.millilitres(mask[scan.organ_pixels == 0]),
+                truth_ml=volume.millilitres(scan.truth),
+                predicted_ml=volume.millilitres(mask),
             )
         )
     return cases
@@ -231,7 +206,3 @@ def _paper_square(logits: np.ndarray, stored: SliceGeometry, paper: SliceGeometr
     rows = slice(paper.top, paper.top + paper.height)
     square[rows, paper.left : paper.left + paper.width] = filled > 0
     return square
-
-
-def _millilitres(mask: np.ndarray, voxel_ml: float | None) -> float | None:
-    return None if voxel_ml is None else float(np.count_nonzero(mask) * voxel_ml)

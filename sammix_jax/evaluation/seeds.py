@@ -1,18 +1,16 @@
 """Means of an experiment over runs that differ by their seeds."""
 
-import csv
 from collections.abc import Sequence
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from sammix_jax.config import FREE_FIELDS, differing_fields
-from sammix_jax.data.files import whole_file, write_json
+from sammix_jax.config_files import FREE_FIELDS, differing_fields, is_free
+from sammix_jax.data.files import write_csv, write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
-from sammix_jax.evaluation.results import NEWER
 
-# What may differ between runs whose results are averaged, beside `config.FREE_FIELDS`.
+# What may differ between runs whose results are averaged, beside `config_files.FREE_FIELDS`.
 SEED_FIELDS = ("seed", "data.seed", "data.labels_seed", "data.split_file", "data.labels_file")
 
 
@@ -58,9 +56,7 @@ def over_seeds(results: Sequence[dict], names: Sequence[str] = ()) -> dict:
         "scans": results[0]["scans"],
         **{
             seen: [
-                scan
-                for scan in results[0]["scans"]
-                if any(scan in each.get(seen, ()) for each in results)
+                scan for scan in results[0]["scans"] if any(scan in each[seen] for each in results)
             ]
             for seen in ("trained_on", "chose")
         },
@@ -78,18 +74,17 @@ def write_over_seeds(folder, means: dict) -> None:
     guidance = [("", means[part]) for part in ("classifier", "prompt") if means[part]]
     groups = [*means["summary"].items(), *guidance]
     runs = len(means["runs"])
-    with whole_file(folder / "summary.csv") as partial, open(partial, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("protocol", "metric", "mean", "std", "runs"))
-        for protocol, scores in groups:
-            for metric, value in scores.items():
-                if value is None:
-                    row = ("", "", 0)
-                elif isinstance(value, dict):
-                    row = (value["mean"], value["std"], value["count"])
-                else:
-                    row = (value, 0, runs)
-                writer.writerow((protocol, metric, *row))
+    rows = []
+    for protocol, scores in groups:
+        for metric, value in scores.items():
+            if value is None:
+                row = (None, None, 0)
+            elif isinstance(value, dict):
+                row = (value["mean"], value["std"], value["count"])
+            else:
+                row = (value, 0, runs)
+            rows.append((protocol, metric, *row))
+    write_csv(folder / "summary.csv", ("protocol", "metric", "mean", "std", "runs"), rows)
     write_json(folder / "summary.json", means)
 
 
@@ -98,11 +93,6 @@ def _refuse_incomplete(name: str, results: dict) -> None:
         raise UserError(
             f"{name}: {len(faults)} scans could not be scored: {' '.join(faults)} Mend them and "
             "run --mode=evaluate again."
-        )
-    if set(results.get("digests", ())) != set(results["scans"]):
-        raise UserError(
-            f"{name}: its results do not tell by digests which scans were scored, as those of an "
-            "earlier version; run --mode=evaluate again."
         )
 
 
@@ -124,11 +114,10 @@ def _settings(results: dict) -> dict:
     """What runs to be averaged must agree in."""
     free = {*FREE_FIELDS, *SEED_FIELDS, "evaluate.batch"} - {"evaluate"}
     scans = {f"digest of {name}": digest for name, digest in results["digests"].items()}
-    newer = {f"evaluate.{field}": value for field, value in NEWER.items()}
     return {"scans": results["scans"], **scans} | {
         field: value
-        for field, value in (newer | flatten_dict(results["config"], sep=".")).items()
-        if not any(field == f or field.startswith(f"{f}.") for f in free)
+        for field, value in flatten_dict(results["config"], sep=".").items()
+        if not is_free(field, free)
     }
 
 

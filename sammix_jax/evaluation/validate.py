@@ -17,8 +17,8 @@ def validate(
     store: SliceStore,
     scans: tuple[str, ...],
     batch: int,
-    stop: Callable[[], bool] = lambda: False,
-    protocol: str = "cam",
+    stop: Callable[[], bool],
+    protocol: str,
 ) -> dict[str, float]:
     """Scores scans on the store's grid under one protocol.
 

@@ -1,6 +1,6 @@
 """Augmentation by name: how slices are moved, and how their grey values change.
 
-standard  `preprocess`: small moves, contrast, brightness, noise; no flips
+standard  small moves, contrast, brightness, noise; no flips
 nnunet    after nnU-Net's 2D training (Isensee et al. 2021, Nature Methods 18, supplement, and its
           code): any rotation, scale, mirrors, noise, blur, brightness, contrast, low resolution
           and gamma, each with its own chance. Its grey values have standard deviation 1; here each
@@ -12,8 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
-from sammix_jax.method.preprocess import distort, random_moves
+# Ranges of the augmentation. No flips: they would put the liver on the wrong side of the body.
+ROTATION = 0.26  # radians, ± 15°
+LOG_SCALE = 0.2
+SHIFT = 0.08  # of the image's side
+CONTRAST = 0.2
+BRIGHTNESS = 0.1
+NOISE = 0.05
 
+# Ranges of nnU-Net's.
 ZOOM = (0.7, 1.4)
 BLUR = (0.5, 1.0)  # standard deviation, pixels
 TAPS = 3  # pixels to each side that a blur reaches
@@ -23,9 +30,71 @@ LOW_RESOLUTION = 0.5  # least share of the side
 GAMMA = (0.7, 1.5)
 
 
+def random_moves(keys: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Draws a rotation, a scale and a shift for each slice.
+
+    Args:
+      keys: (B,) random keys.
+      shape: (H, W) of the slices.
+
+    Returns:
+      (B, 2, H, W) float32: from which row and column each pixel of the moved slice is read.
+    """
+
+    def draw(key: jax.Array) -> jax.Array:
+        rotation, scale, shift = jax.random.split(jax.random.fold_in(key, 0), 3)
+        angle = jax.random.uniform(rotation, minval=-ROTATION, maxval=ROTATION)
+        zoom = jnp.exp(jax.random.uniform(scale, minval=-LOG_SCALE, maxval=LOG_SCALE))
+        size = jnp.asarray(shape, jnp.float32)
+        offset = jax.random.uniform(shift, (2,), minval=-SHIFT, maxval=SHIFT) * size
+        cosine, sine = jnp.cos(angle), jnp.sin(angle)
+        matrix = zoom * jnp.array([[cosine, -sine], [sine, cosine]])
+        grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, shape), indexing="ij"))  # (2, H, W)
+        centre = ((size - 1) / 2)[:, None, None]
+        # At the default precision TPUs and GPUs would round coordinates to eight or eleven bits.
+        turned = jnp.einsum("ij,jhw->ihw", matrix, grid - centre, precision="highest")
+        return turned + centre + offset[:, None, None]
+
+    return jax.vmap(draw)(keys)
+
+
+def move(images: jax.Array, moves: jax.Array) -> jax.Array:
+    """(B, H, W) in [0, 1] → the same, moved by `random_moves`; beyond the edge lies 0."""
+    sample = jax.vmap(lambda image, at: map_coordinates(image, at, order=1, mode="constant"))
+    return sample(images.astype(jnp.float32), moves)
+
+
+def move_masks(masks: jax.Array, moves: jax.Array) -> jax.Array:
+    """(B, H, W) in [0, 1] → the same in {0, 1} float32, moved as their images are."""
+    return (move(masks, moves) >= 0.5).astype(jnp.float32)
+
+
+def distort(images: jax.Array, keys: jax.Array, strength: float = 1.0) -> jax.Array:
+    """Random contrast, brightness and noise, one draw per slice; nothing moves.
+
+    Args:
+      images: (B, H, W) in [0, 1].
+      keys: (B,) random keys.
+      strength: by which the ranges are multiplied.
+
+    Returns:
+      (B, H, W) float32 in [0, 1].
+    """
+
+    def draw(key: jax.Array, image: jax.Array) -> jax.Array:
+        contrast, brightness, noise, level = jax.random.split(jax.random.fold_in(key, 1), 4)
+        factor = 1 + strength * jax.random.uniform(contrast, minval=-CONTRAST, maxval=CONTRAST)
+        offset = strength * jax.random.uniform(brightness, minval=-BRIGHTNESS, maxval=BRIGHTNESS)
+        sigma = strength * jax.random.uniform(level, maxval=NOISE)
+        noisy = image + sigma * jax.random.normal(noise, image.shape)
+        return jnp.clip((noisy - 0.5) * factor + 0.5 + offset, 0.0, 1.0)
+
+    return jax.vmap(draw)(keys, images)
+
+
 def nnunet_moves(keys: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """As `preprocess.random_moves`: rotation and scale each for one slice in five, mirrors on each
-    axis for every other one.
+    """As `random_moves`: rotation and scale each for one slice in five, mirrors on each axis for
+    every other one.
 
     Args:
       keys: (B,) random keys.
@@ -58,7 +127,7 @@ def nnunet_moves(keys: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def nnunet_distort(images: jax.Array, keys: jax.Array, strength: float = 1.0) -> jax.Array:
-    """As `preprocess.distort`, in nnU-Net's order.
+    """As `distort`, in nnU-Net's order.
 
     Args:
       images: (B, H, W) in [0, 1].
@@ -70,13 +139,13 @@ def nnunet_distort(images: jax.Array, keys: jax.Array, strength: float = 1.0) ->
     """
 
     def draw(key: jax.Array, image: jax.Array) -> jax.Array:
-        noise, blur, brightness, contrast, resolution, inverted, gamma = jax.random.split(
+        noise, softened, brightness, contrast, resolution, inverted, gamma = jax.random.split(
             jax.random.fold_in(key, 1), 7
         )
         low, high = (1 + strength * (factor - 1) for factor in FACTOR)
         image = _sometimes(0.1, noise, image, lambda k, x: _noisy(k, x, strength))
         # nnU-Net draws for the slice and then, by a half, for each channel, of which CT has one.
-        image = _sometimes(0.2 * 0.5, blur, image, _blurred)
+        image = _sometimes(0.2 * 0.5, softened, image, lambda k, x: blur(x, _uniform(k, *BLUR)))
         image = _sometimes(0.15, brightness, image, lambda k, x: x * _uniform(k, low, high))
         image = _sometimes(
             0.15, contrast, image, lambda k, x: _contrasted(x, _uniform(k, low, high))
@@ -87,6 +156,25 @@ def nnunet_distort(images: jax.Array, keys: jax.Array, strength: float = 1.0) ->
         return jnp.clip(image, 0.0, 1.0)
 
     return jax.vmap(draw)(keys, images.astype(jnp.float32))
+
+
+def blur(image: jax.Array, sigma: jax.Array) -> jax.Array:
+    """(H, W) → the same, under a Gaussian cut at `TAPS` pixels; the edge goes on beyond itself.
+
+    Args:
+      image: float.
+      sigma: (), standard deviation, pixels.
+    """
+    kernel = jnp.exp(-0.5 * jnp.square(jnp.arange(-TAPS, TAPS + 1) / sigma))
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        around = jnp.pad(image, [(TAPS, TAPS) if a == axis else (0, 0) for a in (0, 1)], "edge")
+        length = image.shape[axis]
+        image = sum(
+            kernel[i] * jax.lax.slice_in_dim(around, i, i + length, axis=axis)
+            for i in range(2 * TAPS + 1)
+        )
+    return image
 
 
 AUGMENTATIONS = {"standard": (random_moves, distort), "nnunet": (nnunet_moves, nnunet_distort)}
@@ -109,20 +197,6 @@ def _noisy(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
     level, draw = jax.random.split(key)
     sigma = strength * _uniform(level, 0.0, NOISE_LEVEL) * image.std()
     return image + sigma * jax.random.normal(draw, image.shape)
-
-
-def _blurred(key: jax.Array, image: jax.Array) -> jax.Array:
-    sigma = _uniform(key, *BLUR)
-    kernel = jnp.exp(-0.5 * jnp.square(jnp.arange(-TAPS, TAPS + 1) / sigma))
-    kernel /= kernel.sum()
-    for axis in (0, 1):
-        around = jnp.pad(image, [(TAPS, TAPS) if a == axis else (0, 0) for a in (0, 1)], "edge")
-        length = image.shape[axis]
-        image = sum(
-            kernel[i] * jax.lax.slice_in_dim(around, i, i + length, axis=axis)
-            for i in range(2 * TAPS + 1)
-        )
-    return image
 
 
 def _contrasted(image: jax.Array, factor: jax.Array) -> jax.Array:

@@ -30,6 +30,26 @@ def mask_loss(
     return loss
 
 
+def classification_loss(
+    class_logits: jax.Array, image_label: jax.Array, name: str, share: jax.Array | float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """The classifier's loss and accuracy, means over the slices whose label is known.
+
+    Args:
+      class_logits: (B, 2).
+      image_label: (B,) int32: 1 the slice shows the organ, 0 it does not, -1 unknown and left out.
+      name: one of `CLASSIFICATION_LOSSES`.
+      share: by which both are multiplied.
+
+    Returns:
+      Two scalars.
+    """
+    known = (image_label >= 0).astype(jnp.float32)
+    loss = CLASSIFICATION_LOSSES[name](class_logits, jnp.maximum(image_label, 0), weights=known)
+    correct = jnp.argmax(class_logits, axis=-1) == image_label
+    return share * loss, share * (correct * known).sum() / jnp.maximum(known.sum(), 1)
+
+
 def sam_mix_loss(
     output: SamMixOutput,
     masks: jax.Array,
@@ -43,17 +63,15 @@ def sam_mix_loss(
     Args:
       output: of B slices, of which L are segmented.
       masks: (L, H, W) in {0, 1}.
-      image_label: (B,) int32: 1 the slice shows the organ, 0 it does not, -1 unknown and left out.
+      image_label: (B,) int32, as of `classification_loss`.
       weights: `config.loss`.
       segmentation_share, classification_share: by which the weights are multiplied.
 
     Returns:
       The loss, and its parts by name; scalars.
     """
-    known = (image_label >= 0).astype(jnp.float32)
-    classify = CLASSIFICATION_LOSSES[weights.classifier]
-    classification = classification_share * classify(
-        output.class_logits, jnp.maximum(image_label, 0), weights=known
+    classification, accuracy = classification_loss(
+        output.class_logits, image_label, weights.classifier, classification_share
     )
     logits, candidates, iou = output.masks
     segmentation = mask_loss(logits, masks, weights)
@@ -62,11 +80,10 @@ def sam_mix_loss(
         segmentation += weights.iou * losses.iou_loss(iou, candidates, truth)
     segmentation_weight = weights.segmentation * segmentation_share
     loss = weights.classification * classification + segmentation_weight * segmentation
-    correct = jnp.argmax(output.class_logits, axis=-1) == image_label
     return loss, {
         "loss": loss,
         "classification_loss": classification,
         "dice_loss": losses.dice_loss(logits, masks, smooth=weights.dice_smooth),
-        "accuracy": classification_share * (correct * known).sum() / jnp.maximum(known.sum(), 1),
+        "accuracy": accuracy,
         "empty_cams": jnp.mean(output.prompt.empty.astype(jnp.float32)),
     }

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sammix_jax.config import check_workdir, claim_workdir
+from sammix_jax.config_files import check_workdir, claim_workdir
 from sammix_jax.data.paths import Path, as_path
 from sammix_jax.errors import UserError
 from sammix_jax.hosts import to_host

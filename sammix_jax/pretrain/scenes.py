@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sammix_jax.method.augment import blur
+
 SHAPES = 12  # in a scene
 # Between the mean grey of a shape and of what it lies on, before blur, grain and gamma.
 LEAST_CONTRAST = 0.08
@@ -229,7 +231,7 @@ def _paint(key: jax.Array, fields: jax.Array, places: _Place, grid: jax.Array) -
         """Texture and slope about a mean within the shape that is `grey`."""
         relief = jnp.einsum("t,tyx->yx", much[number] * weights[number], bank)
         relief = relief + grid @ slope[number]
-        return grey + relief - _mean(relief, inside)
+        return grey + relief - mean_of(relief, inside)
 
     # A dark ground is as common as all others together.
     dark = jax.random.uniform(ground_key) < 0.5
@@ -242,7 +244,7 @@ def _paint(key: jax.Array, fields: jax.Array, places: _Place, grid: jax.Array) -
         mild = free[number, 0] < 0.65
         step = jnp.where(mild, 0.3 * free[number, 1] ** 2, 0.9 * free[number, 1])
         step = LEAST_CONTRAST + step
-        under = _mean(image, inside)
+        under = mean_of(image, inside)
         brighter = jnp.where(free[number, 2] < 0.5, under + step <= 1, under < step)
         value = jnp.clip(jnp.where(brighter, under + step, under - step), 0, 1)
         share = jax.nn.sigmoid(4 * fields[number] / edge[number])
@@ -252,8 +254,9 @@ def _paint(key: jax.Array, fields: jax.Array, places: _Place, grid: jax.Array) -
     return image
 
 
-def _mean(values: jax.Array, inside: jax.Array) -> jax.Array:
-    return (values * inside).sum() / jnp.maximum(inside.sum(), 1)
+def mean_of(values: jax.Array, counted: jax.Array) -> jax.Array:
+    """The mean of those values that count, as many of any shape; 0 where none does."""
+    return (values * counted).sum() / jnp.maximum(counted.sum(), 1)
 
 
 def _finish(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -261,13 +264,7 @@ def _finish(key: jax.Array, image: jax.Array) -> jax.Array:
     blur_key, grain_key, fine_key, coarse_key, gamma_key, flip_key = jax.random.split(key, 6)
     size = image.shape[0]
     sigma = 0.1 + 1.2 * jax.random.uniform(blur_key) ** 2  # pixels
-    taps = jnp.exp(-0.5 * (jnp.arange(-3, 4) / sigma) ** 2)
-    taps = taps / taps.sum()
-    for axis in (0, 1):
-        padded = jnp.pad(image, [(3, 3) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
-        image = sum(
-            tap * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i, tap in enumerate(taps)
-        )
+    image = blur(image, sigma)
     grain = jax.random.uniform(grain_key, (2,)) ** 2
     fine = jax.random.normal(fine_key, (size, size))
     coarse = jax.image.resize(

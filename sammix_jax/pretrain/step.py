@@ -10,6 +10,7 @@ alone); boxes and single points are asked in halves rather than by chance; the m
 unambiguous prompt learns beside the three; and the embeddings have a loss of their own.
 """
 
+import functools
 import re
 
 import jax
@@ -25,7 +26,7 @@ from sammix_jax.models.sam.mask_decoder import MULTIMASK, SINGLE_MASK
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.pretrain.prompts import corrections, jittered_boxes, random_points
-from sammix_jax.pretrain.scenes import Scenes, draw_scenes
+from sammix_jax.pretrain.scenes import Scenes, draw_scenes, mean_of
 from sammix_jax.sharding import along_batch, on_mesh, replicated
 from sammix_jax.training.optim import merge_params
 from sammix_jax.training.step import TrainState, apply_gradients, new_state
@@ -130,8 +131,9 @@ def promptable_loss(
       The loss, and its parts by name with the mean IoU after the first and the last round; scalars.
     """
     size = scenes.images.shape[-1]
-    bound = lambda method, *args, **named: sam.apply(variables, *args, method=method, **named)  # noqa: E731
-    embeddings = bound(Sam.encode_image, to_rgb(scenes.images, normalisation))
+    bound = sam.bind(variables)
+    embeddings = bound.encode_image(to_rgb(scenes.images, normalisation))
+    decode = functools.partial(bound.decode, embeddings, input_size=(size, size))
     choose_key, *prompt_keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys).T
     # Low-res logits are four times as fine as the tokens.
     cell = get_variant(sam.variant).patch_size // 4
@@ -141,9 +143,6 @@ def promptable_loss(
     for first, group_keys, group in zip(
         FIRST_PROMPTS, prompt_keys, (slice(0, half), slice(half, None)), strict=True
     ):
-        decode = lambda **prompt: bound(  # noqa: E731
-            Sam.decode, embeddings, input_size=(size, size), **prompt
-        )
         found = _rounds(decode, group_keys, truth[:, group], shown[:, group], first, size, settings)
         losses += [loss for loss, _ in found]
         metrics[f"iou_{first}"] = found[0][1]
@@ -185,8 +184,7 @@ def affinity_loss(embeddings: jax.Array, scenes: Scenes) -> jax.Array:
     unlike = jnp.einsum("bkp,bkq->bpq", masks, masks) == 0
     unlike = unlike & ~same  # two cells of the background
     costs = jax.nn.softplus(logits) - logits * same
-    mean = lambda pairs: (costs * pairs).sum() / jnp.maximum(pairs.sum(), 1)  # noqa: E731
-    return 0.5 * (mean(same) + mean(unlike))
+    return 0.5 * (mean_of(costs, same) + mean_of(costs, unlike))
 
 
 def choose_shapes(
@@ -266,5 +264,5 @@ def _round_loss(logits, predicted_iou, truth, weights, single: bool):
     cost += IOU * jnp.square(predicted_iou - iou)[..., asked].mean(-1)
     best = MULTIMASK.start + jnp.argmax(predicted_iou[..., MULTIMASK], axis=-1)[..., None]
     mask = jnp.take_along_axis(logits, best[..., None, None], axis=2)[:, :, 0]
-    mean = lambda x: (x * weights).sum() / jnp.maximum(weights.sum(), 1)  # noqa: E731
-    return mean(cost), mask, mean(jnp.take_along_axis(iou, best, axis=2)[..., 0])
+    of_best = jnp.take_along_axis(iou, best, axis=2)[..., 0]
+    return mean_of(cost, weights), mask, mean_of(of_best, weights)

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from sammix_jax.method.augment import AUGMENTATIONS
-from sammix_jax.method.objective import CLASSIFICATION_LOSSES
+from sammix_jax.method.objective import classification_loss
 from sammix_jax.method.preprocess import to_rgb
 from sammix_jax.models.baselines.layers import learn_from_shown
 from sammix_jax.models.baselines.multimix import MultiMix
-from sammix_jax.systems.masked import DROPOUT, STRONG, keys_for, segmentation, view_all
 from sammix_jax.systems.multimix_loss import kl_loss, pseudo_label_loss
 from sammix_jax.systems.system import (
     Microbatch,
@@ -30,6 +29,7 @@ from sammix_jax.systems.system import (
     organ_probability,
     ruled_out,
 )
+from sammix_jax.systems.views import DROPOUT, STRONG, keys_for, segmentation, view_all
 
 IMAGE_LABELS = ("all", "labelled")
 
@@ -62,12 +62,17 @@ class MultiMixSystem(System):
         labels, label = part.labels, part.image_label
         if ours.image_labels == "labelled":
             unknown = jnp.full(layout.unlabelled, -1, label.dtype)
-            hide = lambda x: layout.join(layout.first(x), unknown)  # noqa: E731
+
+            def hide(x: jax.Array) -> jax.Array:
+                return layout.join(layout.first(x), unknown)
+
             label, labels = hide(label), jax.vmap(hide)(labels)
-        known = (label >= 0).astype(jnp.float32)
-        share = part.share(known.sum(), (labels >= 0).sum())
-        classify = CLASSIFICATION_LOSSES[weights.classifier]
-        classification = share * classify(output.class_logits, jnp.maximum(label, 0), known)
+        classification, accuracy = classification_loss(
+            output.class_logits,
+            label,
+            weights.classifier,
+            part.share((label >= 0).sum(), (labels >= 0).sum()),
+        )
         pseudo = pseudo_label_loss(layout.rest(output.class_logits), strong_logits, ours.confidence)
         masks, metrics = segmentation(output.logits, view, weights)
         kl = kl_loss(layout.first(output.logits), layout.rest(output.logits), ours.kl_form)
@@ -77,13 +82,12 @@ class MultiMixSystem(System):
             + weights.segmentation * masks
             + ours.kl * kl
         )
-        correct = jnp.argmax(output.class_logits, axis=-1) == label
         metrics |= {
             "loss": loss,
             "classification_loss": classification,
             "pseudo_label_loss": pseudo,
             "kl_loss": kl,
-            "accuracy": share * (correct * known).sum() / jnp.maximum(known.sum(), 1),
+            "accuracy": accuracy,
         }
         return loss, (metrics, {})
 
@@ -91,7 +95,7 @@ class MultiMixSystem(System):
         output = self.model.apply(variables, self._inputs(images))
         probability = organ_probability(output.class_logits)
         logits = ruled_out((probability < 0.5) & gate, output.logits)
-        return SlicePredictions(probability, None, None, None, dict.fromkeys(protocols, logits))
+        return SlicePredictions(dict.fromkeys(protocols, logits), probability)
 
     def _apply(self, variables: dict, images: jax.Array, keys: jax.Array):
         keys = keys_for(keys, DROPOUT)

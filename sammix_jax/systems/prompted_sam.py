@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from sammix_jax.method.cam import mask_to_box
 from sammix_jax.method.losses import iou_loss
 from sammix_jax.method.prompted_sam import PromptedSam, points_inside, sam_fields
-from sammix_jax.systems.masked import POINTS, keys_for, segmentation, view_masked
 from sammix_jax.systems.system import Microbatch, SlicePredictions, System, ruled_out
+from sammix_jax.systems.views import POINTS, keys_for, segmentation, view_masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,4 +71,4 @@ class PromptedSamSystem(System):
             found = model.segment(embeddings, size, **prompts)
             # There is nothing to prompt with where the organ is not.
             logits[protocol] = ruled_out(absent, found.logits)
-        return SlicePredictions(None, None, None, None, logits)
+        return SlicePredictions(logits)

@@ -9,7 +9,6 @@ from sammix_jax.method.augment import AUGMENTATIONS
 from sammix_jax.method.cam import central_box, mask_to_box
 from sammix_jax.method.consistency import pseudo_masks, ramp
 from sammix_jax.method.objective import mask_loss, sam_mix_loss
-from sammix_jax.method.preprocess import move, move_masks, scale_slices
 from sammix_jax.method.sam_mix import SamMix, sam_mix
 from sammix_jax.systems.system import (
     Microbatch,
@@ -18,6 +17,7 @@ from sammix_jax.systems.system import (
     organ_probability,
     ruled_out,
 )
+from sammix_jax.systems.views import moved_slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ class SamMixSystem(System):
                 mask = model.segment(model.fuse(embeddings, None), size).logits
                 outside = negative
             logits[protocol] = ruled_out(outside, mask)
-        return SlicePredictions(probability, prompt.cam, prompt.box, prompt.empty, logits)
+        return SlicePredictions(logits, probability, prompt.cam, prompt.box, prompt.empty)
 
 
 def _views(part: Microbatch, config):
@@ -118,15 +118,11 @@ def _views(part: Microbatch, config):
     Returns:
       Weak and strong (B, H, W) float32 in [0, 1], masks (L, H, W) float32 in {0, 1}.
     """
-    layout = part.layout
-    random_moves, distort = AUGMENTATIONS[config.train.augmentation]
-    images, masks = scale_slices(part.hu, config.input), part.mask.astype(jnp.float32)
-    keys, augment = part.key, config.train.augment
-    if augment:
-        moves = random_moves(keys, images.shape[1:])
-        images, masks = move(images, moves), move_masks(masks, layout.first(moves))
-    taught = config.consistency.weight > 0
-    strong = distort(images, keys, 2.0 if taught else 1.0) if taught or augment else images
+    images, masks = moved_slices(part, config)
+    taught, strong = config.consistency.weight > 0, images
+    if taught or config.train.augment:
+        _, distort = AUGMENTATIONS[config.train.augmentation]
+        strong = distort(images, part.key, 2.0 if taught else 1.0)
     return images, strong, masks
 
 

@@ -19,8 +19,8 @@ from sammix_jax.models.baselines.unet import (
     deep_supervision_weights,
     nnunet_widths,
 )
-from sammix_jax.systems.masked import DROPOUT, keys_for, segmentation, view_masked
 from sammix_jax.systems.system import Microbatch, SlicePredictions, System
+from sammix_jax.systems.views import DROPOUT, keys_for, segmentation, view_masked
 
 MIRRORS = ((), (1,), (2,), (1, 2))  # axes of (B, H, W)
 
@@ -56,7 +56,7 @@ class Segmenter(System):
 
     def predict(self, variables, images, truth, protocols, gate) -> SlicePredictions:
         logits = self._predicted_logits(variables, images)
-        return SlicePredictions(None, None, None, None, dict.fromkeys(protocols, logits))
+        return SlicePredictions(dict.fromkeys(protocols, logits))
 
     def _predicted_logits(self, variables: dict, images: jax.Array) -> jax.Array:
         """(B, H, W) → (B, H, W)."""

@@ -63,18 +63,18 @@ class SlicePredictions(NamedTuple):
     """Predictions for N slices, on the store's grid; None what a system does not have.
 
     Attributes:
+      logits: protocol → (N, H, W) float32; above 0 is inside the organ.
       organ_probability: (N,) float32, the classifier's probability that the slice shows the organ.
       cam: (N, H, W) float32 in [0, 1].
       box: (N, 4) float32 XYXY, the CAM's box; the central box where the CAM is empty.
       empty: (N,) bool, whether the CAM is empty.
-      logits: protocol → (N, H, W) float32; above 0 is inside the organ.
     """
 
-    organ_probability: jax.Array | None
-    cam: jax.Array | None
-    box: jax.Array | None
-    empty: jax.Array | None
     logits: dict[str, jax.Array]
+    organ_probability: jax.Array | None = None
+    cam: jax.Array | None = None
+    box: jax.Array | None = None
+    empty: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sammix_jax import hosts
-from sammix_jax.config import differing_fields, pinned, preprocessing, read_config
+from sammix_jax.config_files import differing_fields, pinned, preprocessing, read_config
 from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import as_path, resolved
 from sammix_jax.errors import UserError
@@ -276,7 +276,7 @@ class Checkpoints:
                 (self._root / "latest" / str(step)).rename(aside)
                 _LOG.warning("set aside as %s; an earlier checkpoint is taken", aside)
 
-        hosts.first_then_others(move, lambda: None)
+        hosts.on_first(move)
         self._latest.reload()
 
     def _restore_frozen(self, like: TrainState) -> dict:

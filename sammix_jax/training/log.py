@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from sammix_jax import hosts
-from sammix_jax.data.files import local_copy, whole_file
+from sammix_jax.data.files import local_copy, whole_file, write_csv
 from sammix_jax.data.paths import as_path, is_remote
 from sammix_jax.errors import UserError
 
@@ -46,10 +46,9 @@ class TrainLog:
         self._folder = self._workdir if here else pathlib.Path(self._temporary.name)
         rows = [row for row in read_log(workdir) if row[0] <= start]
         path = self._folder / METRICS
-        with whole_file(path) as partial, open(partial, "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
+        write_csv(path, COLUMNS, rows)
         self._file = open(path, "a", newline="")  # noqa: SIM115 — closed in __exit__
-        self._csv = csv.writer(self._file)
+        self._csv = csv.writer(self._file, lineterminator="\n")
         # Not by `SummaryWriter`: its thread ends at the first write that fails, and when the queue
         # before it is full, the run would wait for ever.
         folder = self._folder / "tensorboard"

@@ -7,6 +7,7 @@ import optax
 from flax import traverse_util
 
 from sammix_jax.errors import UserError
+from sammix_jax.models.sam.sam import CONSTANTS
 
 SCHEDULES = ("constant", "cosine", "poly")
 OPTIMISERS = ("adam", "sgd")
@@ -17,7 +18,7 @@ MOMENTUM, POWER = 0.99, 0.9
 def split_params(
     params: dict, patterns: tuple[str, ...], optional: Container[str] = ()
 ) -> tuple[dict, dict]:
-    """Splits a parameter tree into what is trained and what is frozen.
+    """Splits a parameter tree into what is trained and what is frozen, as SAM's `CONSTANTS` are.
 
     Args:
       params: nested dict of arrays, or of their shapes.
@@ -39,7 +40,11 @@ def split_params(
                 f"train.trainable: the pattern {pattern!r} matches no parameter; paths begin with "
                 f"{', '.join(top)}."
             )
-    trained = {p for p in flat if any(re.fullmatch(pattern, p) for pattern in patterns)}
+    trained = {
+        path
+        for path in flat
+        if any(re.fullmatch(pattern, path) for pattern in patterns) and not path.endswith(CONSTANTS)
+    }
     return (
         {path: array for path, array in flat.items() if path in trained},
         {path: array for path, array in flat.items() if path not in trained},

@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from sammix_jax.config import differing_fields
+from sammix_jax.config_files import differing_fields
 
 # To which a model gives shapes; its optimiser follows them.
 MODEL = ("trainable", "batch_stats", "teacher")

@@ -111,7 +111,7 @@ def make_train_step(
     system: System,
     optimiser: optax.GradientTransformation,
     config,
-    layout: BatchLayout | None = None,
+    layout: BatchLayout,
     unroll: bool = False,
 ):
     """Returns `train_step(state, batch) -> (state, metrics)`, to be jitted.
@@ -123,12 +123,10 @@ def make_train_step(
 
     Args:
       system, optimiser, config: of the run.
-      layout: of the batches; None is one shard of the config's sizes in one part.
+      layout: of the batches.
       unroll: write microbatches out one after another. As a loop they take less memory and
         compilation, but on a CPU XLA runs convolutions in a loop ten times slower than outside.
     """
-    if layout is None:
-        layout = BatchLayout(config.train.batch_labelled, config.train.batch_unlabelled)
     taught = config.consistency.weight > 0
 
     def loss_fn(trainable, state: TrainState, batch_stats, part: Microbatch):

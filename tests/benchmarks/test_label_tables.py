@@ -6,7 +6,7 @@ import math
 import pytest
 from matplotlib.image import imread
 
-from benchmarks.cells import Row, write_csv
+from benchmarks.cells import Row, write_cells
 from benchmarks.label_tables import DIAGNOSTICS, NAMES, label_cells, markdown, plot
 from configs.labels import VARIANTS
 from sammix_jax.data.files import write_json
@@ -158,7 +158,7 @@ def test_the_legend_says_what_the_numbers_are(row):
 
 def test_csv_has_every_cell(row, tmp_path):
     found = label_cells([row(FIRST), row(SECOND, seed=1)])
-    write_csv(found, tmp_path / "labels.csv")
+    write_cells(found, tmp_path / "labels.csv")
     with open(tmp_path / "labels.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(found) == 6  # Dice, NSD, HD95 and three diagnostics

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import labels, rows
 from configs.labels import VARIANTS
-from sammix_jax.config import claim_workdir
+from sammix_jax.config_files import claim_workdir
 from sammix_jax.data.files import write_json
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.results import results_folder

@@ -35,10 +35,10 @@ from configs import pretrain_mini
 from configs.paper import BASELINE_STEPS, BASELINES, STEPS, SYSTEMS, get_config
 from configs.quickstart import STARTS
 from sammix_jax.config_rules import check_config
+from sammix_jax.data.files import sha256
 from sammix_jax.errors import UserError
 from sammix_jax.systems.named import make_system
 from sammix_jax.training.optim import split_params
-from sammix_jax.weights import sha256
 
 STEPS_OF = {("unet", 50): 77, ("sam_pp", 50): 5, ("sam_mix", 50): 6}
 

@@ -19,7 +19,7 @@ from torch_port import build, decode_theirs, from_torch, official, to_torch
 from convert.hf_rules import HUGGING_FACE, _model_config
 from convert.sam import convert
 from convert.sam_rules import OFFICIAL, sam_shapes
-from sammix_jax.config import claim_workdir, load_config
+from sammix_jax.config_files import claim_workdir, load_config
 from sammix_jax.inference import load_model
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant

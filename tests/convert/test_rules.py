@@ -16,7 +16,7 @@ from convert.hf_rules import HUGGING_FACE
 from convert.rules import CONV, Rule, recognise
 from convert.sam_rules import OFFICIAL, SAM_MODELS, sam_shapes
 from convert.sources import Stored, caster
-from sammix_jax.config import claim_workdir
+from sammix_jax.config_files import claim_workdir
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam.variants import VARIANTS
 from sammix_jax.weights import load_predictor, read_weights, write_weights

@@ -11,7 +11,7 @@ from sammix_jax.data.slices import SliceId
 from sammix_jax.data.split_files import load_or_draw
 from sammix_jax.data.splits import split_scans
 from sammix_jax.errors import UserError
-from sammix_jax.evaluate import read_labelled, scans_to_score
+from sammix_jax.evaluation.scans import read_labelled, scans_to_score
 from sammix_jax.prepare import prepare
 from sammix_jax.train import slices_without_masks
 

@@ -65,7 +65,7 @@ def test_nothing_scored_and_no_curves(run, tmp_path):
     config = default_config()
     nothing = Case("v-1", "cam", "both_empty", *[None] * 7, 0.0, 0.0, 0.0)
     guidance = Guidance(np.zeros(2, bool), np.zeros(2), np.zeros(0), np.zeros(0, bool))
-    results = collect(config, run, [nothing], [guidance], [], [])
+    results = collect(config, run, [nothing], [guidance], [], [], {"v-1": "digest"}, [], 40)
     shown = Evaluation([nothing], results, [example(nothing)])
     page = write_report(tmp_path / "out", shown, config, run).read_text()
     assert "<img" not in page and "no learning curves" in page and "–" in page

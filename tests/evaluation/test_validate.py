@@ -53,7 +53,7 @@ def scores(scans=Store.names, protocol="cam", classifies=True, stop=lambda: Fals
         logits = np.where(np.stack(found) > 0, 0.1, -3).astype(np.float32)
         other = {"gt_box": -logits}  # of a protocol that nobody asked for
         probability = np.array(sure, np.float32) if classifies else None
-        return SlicePredictions(probability, None, None, None, {protocol: logits, **other})
+        return SlicePredictions({protocol: logits, **other}, probability)
 
     return validate(predict, VARIABLES, Store(), scans, 2, stop, protocol), given
 

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sammix_jax.method.augment import nnunet_distort, nnunet_moves
-from sammix_jax.method.preprocess import move
+from sammix_jax.method.augment import move, nnunet_distort, nnunet_moves
 
 
 def test_nnunets_moves_mirror_turn_and_scale():

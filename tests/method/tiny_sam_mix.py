@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import small_config
-from sam_cases import TINY
 
 from sammix_jax.method.sam_mix import sam_mix
 
@@ -16,10 +15,10 @@ def noise_images():
 
 
 def tiny(fields=()):
-    """The small config's model on `TINY`, with fields such as {"cam.fusion": "none"}."""
+    """The small config's model, with fields such as {"cam.fusion": "none"}."""
     config = small_config()
     config.update_from_flattened_dict(dict(fields))
-    return sam_mix(config).clone(sam_variant=TINY)
+    return sam_mix(config)
 
 
 def initialise(fields=()):

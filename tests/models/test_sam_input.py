@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import small_config
-from sam_cases import TINY
 
 from sammix_jax.method.sam_mix import SamMix, sam_mix
 from sammix_jax.systems.prompted_sam import PromptedSamSystem
@@ -32,7 +31,7 @@ def test_fine_lines_are_averaged(config, lines):
 
 
 def test_fine_lines_reach_sam_mix(config, lines):
-    model = sam_mix(config).clone(sam_variant=TINY)
+    model = sam_mix(config)
     variables = model.init(jax.random.key(0), lines, method=SamMix.encode)
     seen = model.apply(variables, lines, method=SamMix.encode)
     black = model.apply(variables, 0 * lines, method=SamMix.encode)

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from sammix_jax.data import paper, phantom
-from sammix_jax.data.geometry import RESIZES
+from sammix_jax.data.geometry import RESIZES, kept_slices
 from sammix_jax.data.volumes import read_volume
 from sammix_jax.errors import UserError
 from sammix_jax.inference import predict_volume
-from sammix_jax.prepare import kept_slices, prepare
+from sammix_jax.prepare import prepare
 from sammix_jax.presets import apply_preset
 from sammix_jax.systems.system import SlicePredictions
 
@@ -141,7 +141,7 @@ def test_prediction_sees_what_the_store_holds(config, lits, tmp_path, resize):
         """No model: right of the middle is organ."""
         logits = np.broadcast_to(np.arange(64) - 31.5, hu.shape).astype(np.float32)
         nothing = np.zeros(len(hu))
-        return SlicePredictions(nothing, logits, nothing, nothing, {"cam": logits})
+        return SlicePredictions({"cam": logits}, nothing, logits, nothing, nothing)
 
     volume = read_volume(lits / "volume-0.nii.gz")
     variables = {"of": {"no": jnp.zeros(1)}}  # which say on what device to predict

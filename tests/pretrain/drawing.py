@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from sammix_jax.models.sam.variants import VARIANTS
 from sammix_jax.pretrain.scenes import Scenes
 
-TINY = dataclasses.replace(
+TWO_BLOCKS = dataclasses.replace(
     VARIANTS["mini"],
     image_size=32,
     embed_dim=16,

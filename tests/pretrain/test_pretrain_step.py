@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import TINY, draw_rectangles
+from drawing import TWO_BLOCKS, draw_rectangles
 
 from configs.pretrain_mini import get_config
 from sammix_jax.models.sam.sam import Sam
@@ -31,7 +31,7 @@ def tiny():
     config.train.warmup_steps = 0
     config.train.steps = 10
     optimiser = make_optimiser(config.train, config.train.steps)
-    sam = Sam(variant=TINY)
+    sam = Sam(variant=TWO_BLOCKS)
     state = jax.jit(make_init(sam, optimiser, config))()
     mesh = make_mesh(1, jax.devices()[:1])
     step = jax.jit(make_pretrain_step(sam, optimiser, config, mesh, side=32))
@@ -100,7 +100,7 @@ def test_prompts_and_rounds_say_how_often_a_scene_is_asked(prompts, rounds, monk
         return decode(self, embeddings, **prompt)
 
     monkeypatch.setattr(Sam, "decode", spy)
-    sam, keys = Sam(variant=TINY), jax.random.split(jax.random.key(0), 2)
+    sam, keys = Sam(variant=TWO_BLOCKS), jax.random.split(jax.random.key(0), 2)
 
     def loss():
         masks = jnp.zeros((2, SHAPES, 32, 32), bool)

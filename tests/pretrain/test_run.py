@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawing import TINY, draw_rectangles
+from drawing import TWO_BLOCKS, draw_rectangles
 
 from configs.pretrain_mini import get_config
 from sammix_jax import hosts
@@ -17,11 +17,11 @@ from sammix_jax.weights import load_weights, read_weights
 
 @pytest.fixture
 def config(monkeypatch):
-    monkeypatch.setitem(variants.VARIANTS, "tiny", TINY)
+    monkeypatch.setitem(variants.VARIANTS, "two_blocks", TWO_BLOCKS)
     monkeypatch.setattr(step, "draw_scenes", draw_rectangles)
     monkeypatch.setattr(score, "draw_scenes", draw_rectangles)
     config = get_config()
-    config.model.sam, config.model.image_size = "tiny", 32
+    config.model.sam, config.model.image_size = "two_blocks", 32
     config.pretrain.images = config.pretrain.prompts = config.pretrain.held_out = 2
     config.pretrain.rounds, config.pretrain.coarse_steps = 1, 1
     config.train.steps, config.train.warmup_steps = 4, 1
@@ -131,8 +131,8 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
     assert all(0 <= log[2, f"val/iou_{name}"] <= 1 for name in ("box", "point"))
 
     # What it leaves is a SAM's weights in half precision, and nothing else's.
-    assert resumed.name == "sam_tiny.safetensors"
-    arrays = load_weights(resumed, "sam", "tiny")
+    assert resumed.name == "sam_two_blocks.safetensors"
+    arrays = load_weights(resumed, "sam", "two_blocks")
     assert {array.dtype for array in arrays.values()} == {np.dtype("float16")}
     assert "prompt_encoder/position_encoding/gaussian_matrix" in arrays
     with pytest.raises(UserError, match=r"model\.sam is mini"):
@@ -140,9 +140,9 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
     about = read_weights(resumed)[1]
     assert about["image_size"] == "32"
     assert about["source"] == "pretrain from random, seed 0, step 4"
-    load_weights(resumed, "sam", "tiny", normalise="sam")
+    load_weights(resumed, "sam", "two_blocks", normalise="sam")
     with pytest.raises(UserError, match=r"set --config\.input\.normalise=sam"):
-        load_weights(resumed, "sam", "tiny", normalise="minmax")
+        load_weights(resumed, "sam", "two_blocks", normalise="minmax")
 
     # Another run may go on from there, with its own steps.
     config.model.sam_weights, config.train.steps = str(resumed), 1

@@ -4,13 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sam_cases import TINY
 from toy import Toy
 
 from sammix_jax.inference import make_predict
 from sammix_jax.method.cam import mask_to_box
 from sammix_jax.method.preprocess import scale_slices
-from sammix_jax.method.sam_mix import sam_mix
 from sammix_jax.sharding import BatchLayout
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.systems.system import Microbatch
@@ -120,7 +118,7 @@ def test_the_teacher_sees_plain_slices_and_the_student_distorted_ones(config):
 def test_prediction_is_prompted_by_the_cam_whatever_trained(config):
     """It cannot read `train.box`: a config without that section is all it needs."""
     hu, _ = bright_organs()
-    system = SamMixSystem(sam_mix(config).clone(sam_variant=TINY), config)
+    system = SamMixSystem.of(config)
     state = jax.eval_shape(make_init(system, make_optimiser(config.train, 10), config))
     config.unlock()
     del config.train

@@ -84,7 +84,7 @@ def evaluation(config, folder, protocol, probability=None) -> Evaluation:
         (folder / f"{name}.json").write_text(content)
     case = Case("a", protocol, "scored", 0.8, 0.7, 8.0, 1.0, -0.1, 0.8, 7.0, 0.5, 1500, 1400)
     guidance = Guidance(np.array([True, False]), probability, None, None)
-    results = collect(config, folder, [case], [guidance], [], [], {"a": "digest"})
+    results = collect(config, folder, [case], [guidance], [], [], {"a": "digest"}, [], 40)
     mask = np.zeros((16, 16), bool)
     mask[4:8, 4:12] = True
     hu = np.where(mask, 60, -900).astype(np.int16)

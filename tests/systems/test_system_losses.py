@@ -8,11 +8,11 @@ import pytest
 from tiny_systems import SIDE, batch_of, microbatch, tiny_config
 
 from sammix_jax.method.losses import bce_loss, cross_entropy, dice_loss
-from sammix_jax.models.baselines.unet import UNet
+from sammix_jax.models.baselines.unet import NnUnet2d
 from sammix_jax.sharding import BatchLayout
-from sammix_jax.systems.masked import view_masked
 from sammix_jax.systems.named import make_system
-from sammix_jax.systems.segmenter import UNetSystem
+from sammix_jax.systems.segmenter import NnUnetSystem
+from sammix_jax.systems.views import view_masked
 from sammix_jax.training.step import make_init, make_train_step
 
 
@@ -43,7 +43,7 @@ def test_negatives_have_empty_masks_and_unknown_labels_no_say():
 def test_the_loss_of_a_segmenter_is_that_of_its_known_masks():
     """Computed slice by slice here; the share makes parts of a batch add up to the whole."""
     config = tiny_config("unet", **{"loss.segmentation": 0.5, "loss.bce": 0.3})
-    system = UNetSystem(UNet((4, 4, 6, 8), dropout=0.0, deep_supervision=True), config)
+    system = NnUnetSystem(NnUnet2d((4, 4, 6, 8)), config)
     batch = batch_of()
     images = (np.clip(batch["hu"].astype(np.float32), -160, 240) + 160) / 400
     variables = jax.jit(system.init)(jax.random.key(0), images[:1])

@@ -10,6 +10,7 @@ import pytest
 from tiny_systems import SETTINGS, SIDE, batch_of, tiny_config, tiny_system
 
 from sammix_jax.inference import make_predict
+from sammix_jax.sharding import BatchLayout
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES, OUTSIDE
 from sammix_jax.training.step import make_init, make_train_step
@@ -22,7 +23,7 @@ def trained(name: str):
     config = tiny_config(name)
     system, optimiser = tiny_system(config), optax.adam(1e-3)
     state = jax.jit(make_init(system, optimiser, config))()
-    step = jax.jit(make_train_step(system, optimiser, config))
+    step = jax.jit(make_train_step(system, optimiser, config, BatchLayout(2, 2)))
     states, found = [state], []
     for _ in range(3):
         state, metrics = step(state, batch_of())

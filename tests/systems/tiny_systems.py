@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import small_config
-from sam_cases import TINY
 
 from sammix_jax.config_rules import check_config
 from sammix_jax.models.baselines.transunet import VARIANTS
@@ -44,11 +43,10 @@ def tiny_config(name: str, **settings):
 
 def tiny_system(config):
     system = make_system(config)
-    tiny = {
-        "prompted_sam": {"sam_variant": TINY},
-        "transunet": {"variant": VARIANTS["mini"]._replace(width=16, layers=1)},
-    }.get(config.model.system)
-    return type(system)(system.model.clone(**tiny), config) if tiny else system
+    if config.model.system != "transunet":
+        return system
+    variant = VARIANTS["mini"]._replace(width=16, layers=1)
+    return type(system)(system.model.clone(variant=variant), config)
 
 
 def batch_of(labelled: int = 2, others: int = 2) -> dict[str, np.ndarray]:

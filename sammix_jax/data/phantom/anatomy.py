@@ -1,6 +1,6 @@
 """Organs of the abdominal phantom: where they lie, what they are made of, how they vary.
 
-Positions are in the patient frame of `phantom_shapes` (LPS, mm) for one standard body; a patient
+Positions are in the patient frame of `shapes` (LPS, mm) for one standard body; a patient
 is that body with jittered organs, seen through a scale, a turn and a smooth random deformation.
 """
 

@@ -1,6 +1,6 @@
 """Frame of the abdominal phantom: body wall, muscles, skeleton and chest.
 
-Positions are in the patient frame of `phantom_shapes` (LPS, mm) for one standard body.
+Positions are in the patient frame of `shapes` (LPS, mm) for one standard body.
 """
 
 from __future__ import annotations

@@ -49,19 +49,16 @@ class MultiMix(nn.Module):
       widths: channels of each level; H and W must be multiples of 2^levels, since the classifier
         pools once more.
       dropout: share of elements zeroed at the end of each double convolution.
-      negative_slope: of the leaky ReLU.
       dtype: compute dtype; norms, logits and saliency are float32, and parameters.
     """
 
     widths: tuple[int, ...] = (16, 32, 64, 128, 256)
     dropout: float = 0.25
-    negative_slope: float = 0.2
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        block = (self.dropout, self.negative_slope, True, self.dtype)
-        self.encoder = UNetEncoder(self.widths, *block)
-        self.decoder = UNetDecoder(*block)
+        self.encoder = UNetEncoder(self.widths, self.dropout, self.dtype)
+        self.decoder = UNetDecoder(self.dropout, self.dtype)
         self.mask_head = MaskHead()
         self.class_head = nn.Dense(2, kernel_init=TORCH_INIT)
 

@@ -19,6 +19,7 @@ from sammix_jax.models.baselines.layers import (
 )
 from sammix_jax.models.baselines.output import SegmenterOutput
 
+SLOPE = 0.2  # of the authors' leaky ReLU
 # nnU-Net's `InitWeights_He(1e-2)`: normal, for leaky ReLU of slope 0.01. PyTorch keeps the kernel
 # of a transposed convolution the other way round: its fan in is the fan out here.
 _HE_INIT, _HE_INIT_TRANSPOSED = (
@@ -37,8 +38,6 @@ class DoubleConv(nn.Module):
     features: int
     layer: int  # number of its dropout
     dropout: float
-    negative_slope: float
-    conv_bias: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -48,13 +47,12 @@ class DoubleConv(nn.Module):
             x = nn.Conv(
                 self.features,
                 (3, 3),
-                use_bias=self.conv_bias,
                 dtype=self.dtype,
                 kernel_init=TORCH_INIT,
                 name=f"conv{i}",
             )(x)
             x = InstanceNorm(use_bias=False, use_scale=False, dtype=self.dtype, name=f"norm{i}")(x)
-            x = nn.leaky_relu(x, self.negative_slope)
+            x = nn.leaky_relu(x, SLOPE)
         return dropout(x, self.dropout, keys, self.layer)
 
 
@@ -63,8 +61,6 @@ class UNetEncoder(nn.Module):
 
     widths: tuple[int, ...]
     dropout: float
-    negative_slope: float
-    conv_bias: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -78,8 +74,6 @@ class UNetEncoder(nn.Module):
                 width,
                 i,
                 self.dropout,
-                self.negative_slope,
-                self.conv_bias,
                 self.dtype,
                 name=f"down{i + 1}",
             )(x, keys)
@@ -91,8 +85,6 @@ class UNetDecoder(nn.Module):
     """Bilinear upsampling, the encoder's map alongside, a double convolution; level by level."""
 
     dropout: float
-    negative_slope: float
-    conv_bias: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -121,8 +113,6 @@ class UNetDecoder(nn.Module):
                 maps[i].shape[-1],
                 2 * len(maps) - 2 - i,  # the encoder's come first
                 self.dropout,
-                self.negative_slope,
-                self.conv_bias,
                 self.dtype,
                 name=f"up{i + 1}",
             )(jnp.concatenate(parts, axis=-1), keys)
@@ -150,18 +140,11 @@ class UNet(nn.Module):
     Attributes:
       widths: channels of each level; H and W must be multiples of 2^(levels - 1).
       dropout: share of elements zeroed at the end of each double convolution.
-      negative_slope: of the leaky ReLU.
-      deep_supervision: whether training returns coarser logits too, at every decoder level but
-        the coarsest; not in the published code.
-      conv_bias: whether convolutions before a norm have biases, as in the published code.
       dtype: compute dtype; norms and logits are float32, and parameters.
     """
 
     widths: tuple[int, ...] = (16, 32, 64, 128, 256)
     dropout: float = 0.25
-    negative_slope: float = 0.2
-    deep_supervision: bool = False
-    conv_bias: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -172,7 +155,7 @@ class UNet(nn.Module):
 
         Args:
           images: (B, H, W, C) float, normalised.
-          train: whether dropout is at work, and deep supervision.
+          train: whether dropout is at work.
           keys: (B,) random keys of the slices; needed in training unless `dropout` is 0.
 
         Raises:
@@ -180,10 +163,9 @@ class UNet(nn.Module):
         """
         expect_images(images, 2 ** (len(self.widths) - 1))
         keys = dropout_keys(keys, train, self.dropout)
-        block = (self.dropout, self.negative_slope, self.conv_bias, self.dtype)
-        maps = UNetEncoder(self.widths, *block, name="encoder")(images, keys)
-        decoded = UNetDecoder(*block, name="decoder")(maps, keys)
-        return _mask_logits(decoded, train, self.deep_supervision, TORCH_INIT)
+        maps = UNetEncoder(self.widths, self.dropout, self.dtype, name="encoder")(images, keys)
+        decoded = UNetDecoder(self.dropout, self.dtype, name="decoder")(maps, keys)
+        return SegmenterOutput(MaskHead(name="head1")(decoded[0]))
 
 
 class ConvStage(nn.Module):
@@ -214,17 +196,16 @@ class ConvStage(nn.Module):
 class NnUnet2d(nn.Module):
     """A U-Net in nnU-Net's 2D manner: strided and transposed convolutions, deep supervision.
 
-    No dropout, as there. Its networks are planned per data set; `nnunet_widths` does that part.
+    In training it returns coarser logits too, of every decoder resolution but the coarsest:
+    nnU-Net computes that one as well and gives it weight 0. There is no dropout, as there. Its
+    networks are planned per data set; `nnunet_widths` does that part.
 
     Attributes:
       widths: channels of each stage; H and W must be multiples of 2^(stages - 1).
-      deep_supervision: whether training returns coarser logits too: those of every decoder
-        resolution but the coarsest. nnU-Net computes that one as well and gives it weight 0.
       dtype: compute dtype; norms and logits are float32, and parameters.
     """
 
     widths: tuple[int, ...] = (32, 64, 128, 256, 512, 512)
-    deep_supervision: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -260,8 +241,13 @@ class NnUnet2d(nn.Module):
             )(x)
             x = jnp.concatenate((x, maps[i]), axis=-1)
             x = ConvStage(self.widths[i], 1, self.dtype, name=f"decoder{i + 1}")(x)
-            decoded.append(x)
-        return _mask_logits(tuple(reversed(decoded)), train, self.deep_supervision, _HE_INIT)
+            decoded.insert(0, x)
+        # Heads outside training too, so that there are parameters.
+        logits = [
+            MaskHead(_HE_INIT, name=f"head{i + 1}")(x)
+            for i, x in enumerate(decoded[: max(1, len(decoded) - 1)])
+        ]
+        return SegmenterOutput(logits[0], tuple(logits[1:]) if train else ())
 
 
 def nnunet_widths(height: int, width: int) -> tuple[int, ...]:
@@ -281,15 +267,3 @@ def deep_supervision_weights(n: int) -> tuple[float, ...]:
     """Weights of n losses, the finest's first: 1, 1/2, 1/4, ... divided by their sum (nnU-Net)."""
     weights = [0.5**i for i in range(n)]
     return tuple(weight / sum(weights) for weight in weights)
-
-
-def _mask_logits(
-    decoded: tuple[jax.Array, ...],
-    train: bool,
-    deep: bool,
-    kernel_init: nn.initializers.Initializer,
-) -> SegmenterOutput:
-    """A head on each supervised map; also outside training, so that there are parameters."""
-    supervised = (*decoded[:1], *decoded[1:-1]) if deep else decoded[:1]
-    logits = [MaskHead(kernel_init, name=f"head{i + 1}")(x) for i, x in enumerate(supervised)]
-    return SegmenterOutput(logits[0], tuple(logits[1:]) if train else ())

@@ -190,7 +190,5 @@ def count_parameters(params: Mapping[str, Any]) -> int:
     """Number of learned values in a parameter tree of arrays or shapes, `CONSTANTS` left out."""
     leaves = traverse_util.flatten_dict(dict(params), sep="/")
     return sum(
-        int(np.prod(leaf.shape))
-        for path, leaf in leaves.items()
-        if not any(path.endswith(constant) for constant in CONSTANTS)
+        int(np.prod(leaf.shape)) for path, leaf in leaves.items() if not path.endswith(CONSTANTS)
     )

@@ -44,7 +44,7 @@ def test_parameters_and_shapes(channels):
 
 
 def test_saliency_is_the_gradient_of_the_top_logit(variables, images, output):
-    encoder = UNetEncoder(WIDTHS, 0.25, 0.2, True, jnp.float32)
+    encoder = UNetEncoder(WIDTHS, 0.25, jnp.float32)
     params = variables["params"]
 
     @networks.jit

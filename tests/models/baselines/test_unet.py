@@ -32,23 +32,15 @@ def test_unet_has_the_authors_parameters(channels, parameters):
     assert output.deep == ()
 
 
-def test_biases_before_norms_can_be_left_out():
-    variables, _ = networks.abstract(UNet(conv_bias=False), (1, 32, 32, 1))
-    encoder, decoder = (16, 32, 64, 128, 256), (128, 64, 32, 16)
-    assert networks.count(variables) == 1_962_337 - 2 * sum(encoder + decoder)
-
-
-def test_unet_supervises_all_levels_but_the_coarsest():
-    model = UNet(deep_supervision=True)
-    _, output = networks.abstract(model, (2, 64, 96, 1), train=True)
-    assert [x.shape for x in output.deep] == [(2, 32, 48), (2, 16, 24)]
-    assert networks.abstract(model, (2, 64, 96, 1))[1].deep == ()
+def expect_biases_alone_without_gradient(model, images):
+    """A norm takes out what the bias of the convolution before it adds."""
+    unreached = networks.without_gradient(model, networks.init(model, images), images)
+    assert {name for name in unreached if "/conv" not in name or "head" in name} == set()
+    assert all(name.endswith("bias") for name in unreached)
 
 
 def test_unet_gradient_reaches_every_parameter(images):
-    model = UNet(SMALL, dropout=0.0, conv_bias=False, deep_supervision=True)
-    variables = networks.init(model, images)
-    assert networks.without_gradient(model, variables, images) == set()
+    expect_biases_alone_without_gradient(UNet(SMALL, dropout=0.0), images)
 
 
 def test_unet_slices_keep_to_themselves(images):
@@ -84,12 +76,7 @@ def test_nnunet_at_128_pixels():
 
 
 def test_nnunet_gradient_reaches_every_parameter(images):
-    model = NnUnet2d((4, 5, 6))
-    variables = networks.init(model, images)
-    unreached = networks.without_gradient(model, variables, images)
-    # A norm takes out what the bias of the convolution before it adds.
-    assert {name for name in unreached if "/conv" not in name or "head" in name} == set()
-    assert all(name.endswith("bias") for name in unreached)
+    expect_biases_alone_without_gradient(NnUnet2d((4, 5, 6)), images)
 
 
 def test_nnunet_begins_as_pytorch_would():

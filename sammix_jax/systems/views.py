@@ -1,14 +1,14 @@
-"""What the systems that only segment have in common: which slices train masks, and on what."""
+"""What a network sees of a microbatch in training, and which slices train masks."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sammix_jax.method.augment import AUGMENTATIONS
+from sammix_jax.method.augment import AUGMENTATIONS, move, move_masks
 from sammix_jax.method.losses import dice_loss
 from sammix_jax.method.objective import mask_loss
-from sammix_jax.method.preprocess import move, move_masks, scale_slices
+from sammix_jax.method.preprocess import scale_slices
 from sammix_jax.systems.system import Microbatch
 
 # Draws that are not augmentation's, which takes 0 and 1 of a slice's key.
@@ -33,16 +33,25 @@ class View(NamedTuple):
     key: jax.Array
 
 
+def moved_slices(part: Microbatch, config) -> tuple[jax.Array, jax.Array]:
+    """(B, H, W) float32 in [0, 1], and the masks of the first L of them, (L, H, W) float32 in
+    {0, 1}: moved together where `train.augment` says so."""
+    images, masks = scale_slices(part.hu, config.input), part.mask.astype(jnp.float32)
+    if config.train.augment:
+        random_moves, _ = AUGMENTATIONS[config.train.augmentation]
+        moves = random_moves(part.key, images.shape[1:])
+        images, masks = move(images, moves), move_masks(masks, part.layout.first(moves))
+    return images, masks
+
+
 def view_all(part: Microbatch, config) -> View:
     """Every slice of a microbatch, augmented. With `loss.negatives` the slices known not to show
     the organ have masks too, which are empty."""
     layout, labels = part.layout, part.labels
-    images, masks = scale_slices(part.hu, config.input), part.mask.astype(jnp.float32)
+    images, masks = moved_slices(part, config)
     if config.train.augment:
-        random_moves, distort = AUGMENTATIONS[config.train.augmentation]
-        moves = random_moves(part.key, images.shape[1:])
-        images = distort(move(images, moves), part.key)
-        masks = move_masks(masks, layout.first(moves))
+        _, distort = AUGMENTATIONS[config.train.augmentation]
+        images = distort(images, part.key)
     rest = layout.rest(part.image_label)  # (U,)
     absent = jnp.zeros(rest.shape, jnp.float32)
     known = jnp.asarray(labels.shape[0] * layout.labelled)
