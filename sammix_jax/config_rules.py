@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable, Iterator
 
 from sammix_jax.data import paper
 from sammix_jax.data.geometry import RESIZES
@@ -27,6 +28,9 @@ from sammix_jax.systems.named import SYSTEMS
 from sammix_jax.systems.rules import system_rules
 from sammix_jax.systems.system import PROTOCOLS
 from sammix_jax.training.optim import OPTIMISERS, SCHEDULES
+
+# A field, whether it is sound, and what is expected of it.
+Rule = tuple[str, bool, str]
 
 CHOICES = {
     "data.resize": RESIZES,
@@ -118,142 +122,155 @@ def check_config(config) -> None:
     Raises:
       UserError: names every such field, what it is and what it may be.
     """
-    faults = []
+    _refuse(config, _form_rules(config))
+    rules = [_value_rules, _input_rules, _data_rules, _model_rules, _training_rules]
+    if config.model.system in SYSTEMS:
+        rules.append(_system_rules)
+    _refuse(config, (rule for rules_of in rules for rule in rules_of(config)))
 
-    def expect(field: str, sound: bool, expected) -> None:
-        if not sound:
-            faults.append(f"{field}={_get(config, field)!r}: expected {expected}")
 
+def _refuse(config, rules: Iterable[Rule]) -> None:
+    faults = [
+        f"{field}={_get(config, field)!r}: expected {expected}"
+        for field, sound, expected in rules
+        if not sound
+    ]
+    if faults:
+        raise UserError("config: " + "; ".join(faults) + ".")
+
+
+def _form_rules(config) -> Iterator[Rule]:
+    """How values look; the other rules rely on it."""
     for field, form in TUPLES.items():
         values = _get(config, field)
         numbers = all(isinstance(value, int | float) for value in values)
-        expect(field, numbers and len(values) == form.count(",") + 1, f"{form}, numbers")
+        yield field, numbers and len(values) == form.count(",") + 1, f"{form}, numbers"
     for field in WHOLE_NUMBERS:
-        expect(field, all(isinstance(v, int) for v in _get(config, field)), "whole numbers")
-    if faults:
-        raise UserError("config: " + "; ".join(faults) + ".")
+        yield field, all(isinstance(v, int) for v in _get(config, field)), "whole numbers"
+
+
+def _value_rules(config) -> Iterator[Rule]:
+    """What each value may be on its own."""
     for field, options in CHOICES.items():
-        expect(field, _get(config, field) in options, f"one of {', '.join(map(str, options))}")
+        yield field, _get(config, field) in options, f"one of {', '.join(map(str, options))}"
     for field, options in SUBSETS.items():
         values = tuple(_get(config, field))
         sound = bool(values) and set(values) <= set(options)
-        expect(field, sound, f"some of {', '.join(options)}, as a tuple")
+        yield field, sound, f"some of {', '.join(options)}, as a tuple"
     for field, least in AT_LEAST.items():
-        expect(field, _get(config, field) >= least, f"at least {least}")
-
+        yield field, _get(config, field) >= least, f"at least {least}"
     for field in SEEDS:
-        expect(field, 0 <= _get(config, field) < 2**32, "at least 0 and below 2**32")
-    low, high = config.input.window
-    expect("input.window", low < high, "(low, high) in HU with low < high")
-    if config.data.resize == "paper":
-        inside = paper.WINDOW[0] <= low and high <= paper.WINDOW[1]
-        expect("input.window", inside, f"within {paper.WINDOW}, to which data.resize=paper clips")
-    if config.input.scaling == "paper":  # its values span [0.327, 0.372]
-        where = "where input.scaling=paper"
-        expect("data.resize", config.data.resize == "paper", f"paper {where}")
-        expect("input.window", (low, high) == paper.WINDOW, f"{paper.WINDOW} {where}")
-        if config.model.dtype == "bfloat16":  # which has 24 values in that span, of 186 greys
-            fits, fitting = ("minmax",), f"minmax {where} and model.dtype=bfloat16"
-        else:
-            fits, fitting = ("minmax", "unit"), f"minmax or unit {where}"
-        expect("input.normalise", config.input.normalise in fits, fitting)
-        expect("train.augment", not config.train.augment, f"False {where}")
-        expect("consistency.weight", config.consistency.weight == 0, f"0 {where}")
-    expect("cam.threshold", 0 < config.cam.threshold <= 1, "a share of the peak, above 0 to 1")
-    expect("data.central_fraction", 0 < config.data.central_fraction <= 1, "above 0 to 1")
-    if config.model.classifier in STAGES:
-        layers = ("last", *STAGES[config.model.classifier])
-        expect(
-            "cam.layer",
-            config.cam.layer in layers,
-            f"one of {', '.join(layers)} for model.classifier={config.model.classifier}",
-        )
-    expect(
-        "cam.method",
-        config.cam.method == "grad_cam" or config.cam.layer == "last",
-        "grad_cam where cam.layer is not last",
-    )
+        yield field, 0 <= _get(config, field) < 2**32, "at least 0 and below 2**32"
     patterns = [("train.trainable", pattern) for pattern in config.train.trainable]
     for field, pattern in [("data.patient", config.data.patient), *patterns]:
         try:
             re.compile(pattern)
         except re.error as error:
-            expect(field, False, f"regular expressions; of {pattern!r}: {error}")
-    expect("train.trainable", len(config.train.trainable) > 0, "one pattern at least")
-    sound = min(config.data.split) >= 0 < config.data.split[0]
-    expect("data.split", sound, "parts of 0 or more, and training's above")
-    expect("train.epochs", math.isfinite(config.train.epochs), "a number")
-    axes = "".join(sorted(config.data.default_orientation.translate(str.maketrans("RPI", "LAS"))))
-    expect(
-        "data.default_orientation",
-        axes in ("", "ALS"),
-        '"" or the ends of three axes, such as LAS: one of L and R, of A and P, of S and I',
-    )
-    start, stop = config.data.slice_range
-    expect("data.slice_range", 0 <= start < stop <= 1, "(start, stop) with 0 <= start < stop <= 1")
-    expect(
+            yield field, False, f"regular expressions; of {pattern!r}: {error}"
+    teacher, (begin, end) = config.consistency, config.log.profile
+    yield "train.trainable", len(config.train.trainable) > 0, "one pattern at least"
+    yield "train.adam_b2", 0 <= config.train.adam_b2 < 1, "0 to below 1"
+    yield "model.mask_index", config.model.mask_index < 3, "0, 1 or 2"
+    yield "cam.threshold", 0 < config.cam.threshold <= 1, "a share of the peak, above 0 to 1"
+    yield "consistency.ema", 0 <= teacher.ema < 1, "0 to below 1"
+    yield "consistency.confidence", 0.5 <= teacher.confidence < 1, "0.5 to below 1"
+    yield "log.profile", 0 <= begin <= end, "(start, stop) with 0 <= start <= stop"
+
+
+def _input_rules(config) -> Iterator[Rule]:
+    low, high = config.input.window
+    yield "input.window", low < high, "(low, high) in HU with low < high"
+    if config.data.resize == "paper":
+        inside = paper.WINDOW[0] <= low and high <= paper.WINDOW[1]
+        yield "input.window", inside, f"within {paper.WINDOW}, to which data.resize=paper clips"
+    if config.input.scaling != "paper":
+        return
+    # Its values span [0.327, 0.372].
+    where = "where input.scaling=paper, as configs/lits.py has it unless :standard is added"
+    yield "data.resize", config.data.resize == "paper", f"paper {where}"
+    yield "input.window", (low, high) == paper.WINDOW, f"{paper.WINDOW} {where}"
+    if config.model.dtype == "bfloat16":  # which has 24 values in that span, of 186 greys
+        fits, fitting = ("minmax",), f"minmax with model.dtype=bfloat16 {where}"
+    else:
+        fits, fitting = ("minmax", "unit"), f"minmax or unit {where}"
+    yield "input.normalise", config.input.normalise in fits, fitting
+    yield "train.augment", not config.train.augment, f"False {where}"
+    yield "consistency.weight", config.consistency.weight == 0, f"0 {where}"
+
+
+def _data_rules(config) -> Iterator[Rule]:
+    data = config.data
+    yield "data.central_fraction", 0 < data.central_fraction <= 1, "above 0 to 1"
+    sound = min(data.split) >= 0 < data.split[0]
+    yield "data.split", sound, "parts of 0 or more, and training's above"
+    axes = "".join(sorted(data.default_orientation.translate(str.maketrans("RPI", "LAS"))))
+    expected = '"" or the ends of three axes, such as LAS: one of L and R, of A and P, of S and I'
+    yield "data.default_orientation", axes in ("", "ALS"), expected
+    start, stop = data.slice_range
+    yield "data.slice_range", 0 <= start < stop <= 1, "(start, stop) with 0 <= start < stop <= 1"
+    yield (
         "data.slice_range",
-        (start, stop) == (0, 1) or config.data.central_fraction == 1,
+        (start, stop) == (0, 1) or data.central_fraction == 1,
         "(0, 1) where data.central_fraction says which slices are kept",
     )
-    expect(
-        "train.box", config.train.box == "cam" or config.cam.box, "cam where cam.box says no box"
+
+
+def _model_rules(config) -> Iterator[Rule]:
+    model, layer = config.model, config.cam.layer
+    gradient = config.cam.method == "grad_cam" or layer == "last"
+    yield "cam.method", gradient, "grad_cam where cam.layer is not last"
+    where = f"for model.classifier={model.classifier}"
+    if model.classifier in STAGES:
+        layers = ("last", *STAGES[model.classifier])
+        yield "cam.layer", layer in layers, f"one of {', '.join(layers)} {where}"
+    if model.classifier in OUTPUT_STRIDES:
+        strides = OUTPUT_STRIDES[model.classifier]
+        expected = f"one of {', '.join(map(str, strides))} {where}"
+        yield "model.classifier_stride", model.classifier_stride in strides, expected
+    if model.sam in VARIANTS:
+        patch = VARIANTS[model.sam].patch_size
+        of_which = f"{patch}, the patch of model.sam={model.sam}"
+        yield "model.image_size", model.image_size % patch == 0, f"a multiple of {of_which}"
+        yield (
+            "pretrain.coarse_steps",
+            config.pretrain.coarse_steps == 0 or model.image_size % (2 * patch) == 0,
+            f"0, as half of model.image_size={model.image_size} is no multiple of {of_which}",
+        )
+
+
+def _training_rules(config) -> Iterator[Rule]:
+    settings, taught = config.train, config.consistency.weight > 0
+    yield "train.epochs", math.isfinite(settings.epochs), "a number"
+    yield (
+        "train.epochs",
+        settings.epochs > 0 or settings.steps > 0 or bool(config.model.sam_weights),
+        "above 0; with train.steps=0 too nothing is trained, and that wants model.sam_weights",
     )
-    taught = config.consistency.weight > 0
-    expect(
+    yield "train.box", settings.box == "cam" or config.cam.box, "cam where cam.box says no box"
+    yield (
         "train.batch_unlabelled",
-        config.train.batch_unlabelled > 0 or not taught,
+        settings.batch_unlabelled > 0 or not taught,
         "above 0, for a teacher (consistency.weight) teaches on these slices",
     )
-    expect(
+    yield (
         "loss.dice_smooth",
-        config.loss.dice_smooth > 0 or not taught,
-        "above 0 with a teacher (consistency.weight): a slice may have no confident pixel",
+        config.loss.dice_smooth > 0 or not (taught or config.loss.negatives or settings.augment),
+        "above 0 where a mask may be empty: with a teacher (consistency.weight), loss.negatives or "
+        "train.augment",
     )
-    sizes = (config.train.batch_labelled, config.train.batch_unlabelled)
-    parts = max(1, config.train.accumulate)
-    expect(
+    sizes = (settings.batch_labelled, settings.batch_unlabelled)
+    parts = max(1, settings.accumulate)
+    yield (
         "train.accumulate",
         not any(size % parts for size in sizes),
         f"a divisor of train.batch_labelled={sizes[0]} and of train.batch_unlabelled={sizes[1]}, "
         "so that every part of a batch has both kinds",
     )
-    begin, end = config.log.profile
-    expect("log.profile", 0 <= begin <= end, "(start, stop) with 0 <= start <= stop")
-    expect("train.adam_b2", 0 <= config.train.adam_b2 < 1, "0 to below 1")
-    expect("model.mask_index", config.model.mask_index < 3, "0, 1 or 2")
-    expect("consistency.ema", 0 <= config.consistency.ema < 1, "0 to below 1")
-    expect("consistency.confidence", 0.5 <= config.consistency.confidence < 1, "0.5 to below 1")
-    expect(
-        "train.epochs",
-        config.train.epochs > 0 or config.train.steps > 0 or bool(config.model.sam_weights),
-        "above 0; with train.steps=0 too nothing is trained, and that wants model.sam_weights",
-    )
-    if config.model.classifier in OUTPUT_STRIDES:
-        strides = OUTPUT_STRIDES[config.model.classifier]
-        expect(
-            "model.classifier_stride",
-            config.model.classifier_stride in strides,
-            f"one of {', '.join(map(str, strides))} for model.classifier={config.model.classifier}",
-        )
-    if config.model.sam in VARIANTS:
-        patch = VARIANTS[config.model.sam].patch_size
-        expect(
-            "model.image_size",
-            config.model.image_size % patch == 0,
-            f"a multiple of {patch}, the patch of model.sam={config.model.sam}",
-        )
-        expect(
-            "pretrain.coarse_steps",
-            config.pretrain.coarse_steps == 0 or config.model.image_size % (2 * patch) == 0,
-            f"0, as half of model.image_size={config.model.image_size} is no multiple of {patch}, "
-            f"the patch of model.sam={config.model.sam}",
-        )
-    if config.model.system in SYSTEMS:
-        for field, sound, expected in system_rules(config):
-            expect(field, sound, f"{expected} for model.system={config.model.system}")
-    if faults:
-        raise UserError("config: " + "; ".join(faults) + ".")
+
+
+def _system_rules(config) -> Iterator[Rule]:
+    for field, sound, expected in system_rules(config):
+        yield field, sound, f"{expected} for model.system={config.model.system}"
 
 
 def check_weight_files(config) -> None:

@@ -159,11 +159,14 @@ def _evaluate(config, workdir: Path) -> None:
 
 
 def _report(config, workdir: Path, evaluation: evaluate.Evaluation) -> None:
-    if not hosts.is_first():
-        return
-    report.write_report(results.results_folder(config, workdir), evaluation, config, workdir)
-    print()
-    _print_results(config, workdir, evaluation.results)
+    """By the first process, for which the others wait: it would not outlive them."""
+
+    def write() -> None:
+        report.write_report(results.results_folder(config, workdir), evaluation, config, workdir)
+        print()
+        _print_results(config, workdir, evaluation.results)
+
+    hosts.on_first(write)
 
 
 def _print_results(config, workdir: Path, found: dict) -> None:

@@ -9,7 +9,7 @@ import jax
 from sammix_jax import hosts
 from sammix_jax.config_files import check_workdir, claim_workdir
 from sammix_jax.data.batches import Batches
-from sammix_jax.data.files import write_json
+from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.split_files import keep, load_or_draw
@@ -20,7 +20,7 @@ from sammix_jax.evaluation.validate import validate
 from sammix_jax.inference import make_predict
 from sammix_jax.sharding import abstract_state, batch_layout, make_mesh, place_batch, shardings
 from sammix_jax.systems.named import make_system
-from sammix_jax.training.checkpoint import Checkpoints
+from sammix_jax.training.checkpoint import Checkpoints, best_step
 from sammix_jax.training.loop import Validation, run_steps
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import TrainState, jit_train_step, load_pretrained, make_init
@@ -34,8 +34,8 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
 
     Args:
       config: the run's config.
-      workdir: receives config.json, split.json, labels.json, weights.json, checkpoints,
-        metrics.csv and tensorboard.
+      workdir: receives config.json, split.json, labels.json, scans.json, images.json,
+        weights.json, checkpoints, metrics.csv and tensorboard.
       store: the prepared slices.
       scored: whether an evaluation follows, so that what would fail then is refused now.
 
@@ -62,6 +62,11 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
         _tell_of_one_class(store, others)
     batches = Batches(store, tuple(labelled), others, sizes, config.seed)
     steps = config.train.steps or math.ceil(config.train.epochs * batches.steps_per_epoch)
+    if 0 < steps <= config.train.classifier_warmup_steps:
+        raise UserError(
+            f"train.classifier_warmup_steps={config.train.classifier_warmup_steps}: expected fewer "
+            f"than the run's {steps} steps, or nothing but the classifier would learn."
+        )
 
     # ---- System and optimiser
     system = make_system(config)
@@ -76,6 +81,7 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
         state = checkpoints.restore(like)
         begins = state is None
         if begins:
+            _refuse_another_start(config, workdir)
             state = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
         # Data, model and weights are sound: from here on the workdir belongs to this run.
         claim_workdir(config, workdir)
@@ -108,8 +114,10 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
 
         # ---- Step
         train_step = jit_train_step(system, optimiser, config, layout, mesh, sharding)
-        # Gated whatever is reported, so that all scores of a run compare.
-        predict = make_predict(system, config, (system.headline,), mesh, gate=True)
+        # Gated whatever is reported, and by as many points, so that all scores of a run compare.
+        alike = config.copy_and_resolve_references()
+        alike.evaluate.points = config.train.points
+        predict = make_predict(make_system(alike), alike, (system.headline,), mesh, gate=True)
 
         # ---- Loop
         validation = Validation(
@@ -176,6 +184,16 @@ def _check_scoring(evaluate, split: Split, store: SliceStore) -> None:
             )
     except UserError as error:
         raise UserError(f"{error} Or train alone, with --noevaluate.") from error
+
+
+def _refuse_another_start(config, workdir) -> None:
+    """A best state of a start that was cut off goes with the frozen parameters of that start."""
+    begun, best = as_path(workdir) / BEGUN_FROM, best_step(workdir)
+    if best is not None and begun.exists() and read_json(begun) != digests(config):
+        raise UserError(
+            f"{workdir}/checkpoints/best/{best}: of a start from other weights, which {begun} "
+            "tells; bring these back, or give another --workdir."
+        )
 
 
 def _tell_of_one_class(store: SliceStore, others: Iterable[SliceId]) -> None:

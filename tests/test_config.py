@@ -94,7 +94,7 @@ def test_bfloat16_wants_the_papers_few_greys_spread():
     config.model.dtype = "bfloat16"
     check_config(config)
     config.input.normalise = "unit"
-    with pytest.raises(UserError, match=r"'unit': expected minmax where .*model\.dtype=bfloat16"):
+    with pytest.raises(UserError, match=r"'unit': expected minmax with model\.dtype=bf"):
         check_config(config)
     config.model.dtype = "float32"
     check_config(config)
@@ -218,6 +218,10 @@ def test_values_that_no_run_could_use(field, value, expected):
             "train.batch_unlabelled",
             {"consistency.weight": 1.0, "train.batch_unlabelled": 0},
             "above 0, for a teacher",
+        ),
+        *(
+            ("loss.dice_smooth", {"loss.dice_smooth": 0.0, **empty}, "above 0 where a mask may be")
+            for empty in ({"train.augment": True}, {"consistency.weight": 1.0})
         ),
         (
             "data.slice_range",

@@ -264,8 +264,8 @@ app.run(main.main, flags_parser=options.parse)
 def two_that_score(tmp_path):
     """`start(name)`: two processes of `--mode=evaluate` with a stand-in for the scoring."""
 
-    def start(name: str):
-        (tmp_path / name).write_text(FAILING)
+    def start(name: str, script: str = FAILING):
+        (tmp_path / name).write_text(script)
         (tmp_path / "run").mkdir()
         config = small_config()
         config.model.sam = "mini"  # the processes know of no other small one
@@ -283,6 +283,34 @@ def test_one_that_fails_takes_the_others_along(two_that_score):
     assert "error: the report could not be written" in told
     second.communicate(timeout=60)
     assert second.returncode != 0
+
+
+REPORTING = """
+import os, sys, time, types
+from absl import app
+from sammix_jax import evaluate, hosts, main, options
+page = os.path.join(os.path.dirname(sys.argv[0]), "page")
+def scored(config, workdir):
+    found = types.SimpleNamespace(results={})
+    raise evaluate.IncompleteEvaluation("1 of 2 scans could not be scored", found)
+def write_report(*_):
+    time.sleep(3)
+    open(page, "w").close()
+def leave(code, leave=hosts.leave):
+    when = "with" if os.path.exists(page) else "before"
+    print(f"leaves {when} the report", file=sys.stderr, flush=True)
+    return leave(code)
+main.evaluate.evaluate, main.report.write_report, hosts.leave = scored, write_report, leave
+main._print_results = lambda *_: None
+app.run(main.main, flags_parser=options.parse)
+"""
+
+
+def test_the_others_wait_for_the_report(tmp_path, two_that_score):
+    pair = two_that_score("reports.py", REPORTING)
+    for process in pair:
+        told = process.communicate(timeout=200)[0]
+        assert process.returncode == 1 and "leaves with the report" in told, told
 
 
 def test_scoring_in_two_processes_ends_by_sigterm(two_that_score):

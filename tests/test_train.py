@@ -171,6 +171,36 @@ def test_nan_stops_the_run(workdir, config, tmp_path, monkeypatch):
         train(config, tmp_path, SliceStore.open(workdir / "store"))
 
 
+def test_a_warm_up_as_long_as_the_run_is_refused(workdir, config, tmp_path):
+    config.train.classifier_warmup_steps = config.train.steps
+    with pytest.raises(UserError, match=r"classifier_warmup_steps=30: expected fewer than .* 30"):
+        train(config, tmp_path, SliceStore.open(workdir / "store"))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_best_state_of_a_start_from_other_weights_is_not_mixed(workdir, config, tmp_path):
+    (tmp_path / "checkpoints" / "best" / "15").mkdir(parents=True)
+    write_json(tmp_path / "weights.json", {"model.sam_weights": "of others"})
+    with pytest.raises(UserError, match=r"checkpoints/best/15: of a start from other weights"):
+        train(config, tmp_path, SliceStore.open(workdir / "store"))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_validation_prompts_by_as_many_points_as_training(toy_config, tmp_path, monkeypatch):
+    """Not by those of the report, which may be others when the run is resumed."""
+    asked = []
+
+    def make_predict(system, config, *rest, **named):
+        asked.append((system.config.evaluate.points, config.evaluate.points))
+        raise Stopped(0)
+
+    monkeypatch.setattr(train_module, "make_predict", make_predict)
+    toy_config.train.points, toy_config.evaluate.points = 2, 5
+    with pytest.raises(Stopped):
+        train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+    assert asked == [(2, 2)]
+
+
 def test_the_best_by_validation_is_kept(workdir, config):
     """`best` holds the step whose Dice the log shows to be the highest."""
     values = {step: value for step, name, value in read_log(workdir) if name == "val/dice"}

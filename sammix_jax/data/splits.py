@@ -52,7 +52,7 @@ def split_scans(
     for name in names:
         patients.setdefault(patient_of(name, patient), []).append(name)
     ratio = tuple(ratio)
-    if len(ratio) != 3 or min(ratio) < 0 or ratio[0] < 1:
+    if len(ratio) != 3 or min(ratio) < 0 or ratio[0] <= 0:
         raise UserError(f"data.split={ratio}: expected three parts (train, val, test), train > 0.")
     training = [scans for scans in patients.values() if any(s in partly for s in scans)]
     of_each = [scans for scans in patients.values() if scans not in training]
@@ -77,20 +77,22 @@ def split_scans(
 
 
 def patient_of(name: str, pattern: str) -> str:
-    """Whose scan it is: what `pattern` finds in its name, or its first group; without one, `name`.
+    """Whose scan it is: what `pattern` finds in its name, or the first of its groups that finds
+    something; without a pattern, `name`.
 
     Raises:
       UserError: it finds nothing.
     """
     if not pattern:
         return name
-    found = re.search(pattern, name)
-    if not found:
+    match = re.search(pattern, name)
+    found = (match.groups() if match.re.groups else (match[0],)) if match else ()
+    if not any(found):
         raise UserError(
             f"data.patient={pattern}: finds nothing in the scan's name {name}; give a pattern that "
             "finds the patient in every name."
         )
-    return found[1] if found.re.groups else found[0]
+    return next(part for part in found if part)
 
 
 def whose(name: str, pattern: str) -> str:

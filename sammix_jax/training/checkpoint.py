@@ -13,8 +13,6 @@ import json
 import logging
 import operator
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -23,8 +21,7 @@ from sammix_jax.config_files import differing_fields, pinned, preprocessing, rea
 from sammix_jax.data.files import write_json
 from sammix_jax.data.paths import as_path, resolved
 from sammix_jax.errors import UserError
-from sammix_jax.sharding import abstract, replicated
-from sammix_jax.training.soundness import Damaged, checksums, is_passing, other_shapes, sealed
+from sammix_jax.training.soundness import Damaged, other_shapes, sealed, unsealed
 from sammix_jax.training.step import TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -105,7 +102,7 @@ class Checkpoints:
         hosts.wait_for_all("frozen parameters")  # all have looked before any writes
         if state.frozen and not (written and self.latest_step is not None):
             with contextlib.closing(ocp.StandardCheckpointer()) as frozen:
-                frozen.save(folder, state.frozen, force=True)
+                frozen.save(folder, sealed({"frozen": state.frozen}), force=True)
 
     def save_config(self, config) -> None:
         """Keeps the config beside the weights, which may be moved without their workdir."""
@@ -232,33 +229,18 @@ class Checkpoints:
         return best, ""
 
     def _read(self, manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-        fault, passing = None, False
-        try:
-            kept = manager.item_metadata(step).tree
-            differing = other_shapes(kept, like)
-            if not differing:
-                seal = {"seal": jax.eval_shape(checksums, like)}
-                seal = abstract(seal, replicated(jax.tree.leaves(like)[0].sharding.mesh))
-                restored = manager.restore(step, args=ocp.args.StandardRestore(like | seal))
-        except Exception as error:  # Orbax raises this very class, among others
-            fault, passing = error, is_passing(error)
-        if hosts.any_process(fault is not None):  # a part that only one of them reads
-            told = str(fault).splitlines()[0][:200] if fault else "by another process"
-            if hosts.any_process(passing):
+        folder = manager.directory / str(step)
+
+        def read(target: dict) -> dict:
+            if differing := other_shapes(manager.item_metadata(step).tree, like):
                 raise UserError(
-                    f"{manager.directory / str(step)}: cannot be read now ({told}); run again when "
-                    "it can, or with more memory. Nothing was moved or lost."
-                ) from fault
-            raise Damaged(f"cannot be read ({told})") from fault
-        if differing:
-            raise UserError(
-                f"{manager.directory / str(step)}: a checkpoint of another model or optimiser: "
-                f"{', '.join(differing[:5])}; give the config it was trained with, or another "
-                "--workdir."
-            )
-        if not np.array_equal(restored.pop("seal"), checksums(restored)):
-            raise Damaged("holds other values than were saved")
-        return restored
+                    f"{folder}: a checkpoint of another model or optimiser: "
+                    f"{', '.join(differing[:5])}; give the config it was trained with, or another "
+                    "--workdir."
+                )
+            return manager.restore(step, args=ocp.args.StandardRestore(target))
+
+        return unsealed(read, like, folder)
 
     def _set_aside(self, steps: list[int]) -> None:
         if not steps or self._read_only:
@@ -283,13 +265,17 @@ class Checkpoints:
         if not like.frozen:
             return {}
         folder = self._root / "frozen"
-        try:
+
+        def read(target: dict) -> dict:
             with contextlib.closing(ocp.StandardCheckpointer()) as frozen:
-                return frozen.restore(folder, like.frozen)
-        except Exception as error:  # Orbax raises this very class, among others
+                return frozen.restore(folder, target)
+
+        try:
+            return unsealed(read, {"frozen": like.frozen}, folder)["frozen"]
+        except Damaged as error:
             raise UserError(
-                f"{folder}: cannot be read ({str(error).splitlines()[0][:200]}); bring it back "
-                "from a copy, or begin again in another --workdir."
+                f"{folder}: {error}; bring it back from a copy, or begin again in another "
+                "--workdir."
             ) from error
 
 

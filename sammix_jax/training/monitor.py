@@ -49,7 +49,7 @@ def refuse_not_finite(step: int, metrics: dict[str, jax.Array], paths: Sequence[
         more = [f"{len(bad) - _NAMED} more"] if len(bad) > _NAMED else []
         culprits += bad[:_NAMED] + more
     raise UserError(
-        f"step {step}: {', '.join(culprits)} is not finite; the last checkpoint is sound. Lower "
+        f"step {step}: {', '.join(culprits)} is not finite; what was saved before is sound. Lower "
         "train.learning_rate, or set train.clip_norm, in a new workdir."
     )
 

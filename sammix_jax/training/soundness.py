@@ -2,11 +2,16 @@
 
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sammix_jax import hosts
 from sammix_jax.config_files import differing_fields
+from sammix_jax.errors import UserError
+from sammix_jax.sharding import abstract, replicated
 
 # To which a model gives shapes; its optimiser follows them.
 MODEL = ("trainable", "batch_stats", "teacher")
@@ -26,6 +31,41 @@ class Damaged(Exception):
 def sealed(tree: dict) -> dict:
     """With its checksums. The files' own do not cover the arrays: a flipped bit would go unseen."""
     return tree | {"seal": checksums(tree)}
+
+
+def unsealed(read: Callable[[dict], dict], like: dict, folder) -> dict:
+    """What was `sealed`, read again; of several processes by all or by none.
+
+    Args:
+      read: takes shapes, dtypes and shardings, with the seal's, and returns the arrays.
+      like: of the tree without its seal.
+      folder: where it lies, for messages.
+
+    Raises:
+      Damaged: it cannot be read, or its checksums are others.
+      UserError: it cannot be read for now; or what `read` raised.
+    """
+    fault = None
+    try:
+        seal = {"seal": jax.eval_shape(checksums, like)}
+        seal = abstract(seal, replicated(jax.tree.leaves(like)[0].sharding.mesh))
+        restored = read(like | seal)
+    except Exception as error:  # Orbax raises this very class, among others
+        fault = error
+    if hosts.any_process(fault is not None):  # a part that only one of them reads
+        passing = hosts.any_process(is_passing(fault))
+        if isinstance(fault, UserError):
+            raise fault
+        told = str(fault).splitlines()[0][:200] if fault else "by another process"
+        if passing:
+            raise UserError(
+                f"{folder}: cannot be read now ({told}); run again when it can, or with more "
+                "memory. Nothing was moved or lost."
+            ) from fault
+        raise Damaged(f"cannot be read ({told})") from fault
+    if not np.array_equal(restored.pop("seal"), checksums(restored)):
+        raise Damaged("holds other values than were saved")
+    return restored
 
 
 @jax.jit

@@ -87,8 +87,13 @@ def test_a_patients_scans_stay_together(tmp_path, config):
         assert [len(part) for part in parts] == [8, 2, 2] and not set.intersection(*parts)
         assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
         assert len(split.train) == 16
+    two_sources = [f"{source}{n}_{i}" for source in ("lits", "msd") for n in range(6) for i in "ab"]
+    split = split_scans(two_sources, (8, 2, 2), 0, r"^(lits\d+)|^(msd\d+)")
+    assert [len(split.part(part)) for part in PARTS] == [16, 4, 4]
     with pytest.raises(UserError, match=r"data\.patient=q: finds nothing in .* p00_arterial"):
         split_scans(names, (8, 2, 2), 0, "q")
+    with pytest.raises(UserError, match=r"finds nothing in the scan's name p00_arterial"):
+        split_scans(names, (8, 2, 2), 0, "p|(q)")
     with pytest.raises(UserError, match="1 labelled scans of different patients"):
         split_scans(names[:2], (8, 2, 2), 0, "^[^_]+")
 
@@ -100,6 +105,11 @@ def test_a_patients_scans_stay_together(tmp_path, config):
     config.data.labelled_slices, config.data.patient = 1, "volume"
     with pytest.raises(UserError, match="scans of volume stand in train and in val"):
         load_or_draw(config, store, tmp_path / "run")
+
+
+def test_a_ratio_of_fractions():
+    split = split_scans(NAMES[:20], (0.7, 0.15, 0.15), 0)
+    assert [len(split.part(part)) for part in PARTS] == [14, 3, 3]
 
 
 @pytest.mark.parametrize("ratio", [(0, 1, 1), (1, 1), (2, -1, 1)])

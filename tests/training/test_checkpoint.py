@@ -155,6 +155,18 @@ def test_damaged_frozen_parameters_are_told(saved):
         restored(saved)
 
 
+def test_a_flipped_bit_of_the_frozen_parameters_is_told(tmp_path):
+    state = state_at(1)
+    state = state.replace(frozen={"sam/b": state_at(2).trainable["sam/a"]})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_frozen(state)
+        checkpoints.save(state, 1)
+    np.testing.assert_array_equal(restored(tmp_path, state).frozen["sam/b"], state.frozen["sam/b"])
+    flip(tmp_path / "checkpoints" / "frozen")
+    with pytest.raises(UserError, match=r"checkpoints/frozen: holds other values .* bring it back"):
+        restored(tmp_path, state)
+
+
 def test_a_damaged_best_is_told_and_the_newest_is_taken(saved, caplog):
     with Checkpoints(saved) as checkpoints:
         assert checkpoints.save_best(state_at(1), 1, score=0.5)
