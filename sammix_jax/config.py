@@ -5,6 +5,7 @@ S stated by the authors, F shown in their figure, L from the group's later code,
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -16,6 +17,8 @@ def default_config() -> ml_collections.ConfigDict:
     data.root = ""  # folder of scans; "" makes the phantom
     data.organ = "liver"
     data.label_values = ()  # label values that count as the organ; () takes the layout's
+    # Label value of voxels that nobody annotated; None takes the layout's, nnU-Net's "ignore".
+    data.ignore_value = config_dict.placeholder(int)
     data.store = ""  # slice store; "" is WORKDIR/store
     data.size = 256  # side of the stored slices, pixels (S)
     data.resize = "fit"  # "fit" keeps proportions and pads, "stretch" fills the square, "paper"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
 
 from sammix_jax import hosts
 from sammix_jax.data.paths import as_path
@@ -69,7 +70,12 @@ def mesh_of(variables: dict) -> Mesh | None:
 
 
 def predict_slices(
-    predict, variables: dict, hu: np.ndarray, truth: np.ndarray | None, batch: int
+    predict,
+    variables: dict,
+    hu: np.ndarray,
+    truth: np.ndarray | None,
+    batch: int,
+    shown: str = "",
 ) -> SlicePredictions:
     """Runs `predict` over N slices in batches of one size, the last one filled up.
 
@@ -82,6 +88,7 @@ def predict_slices(
       hu: (N, H, W) int16.
       truth: (N, H, W) bool for `ORACLES` among the protocols, else None.
       batch: slices at a time; more where that leaves devices without.
+      shown: beside a bar; "" for none.
     """
     mesh = mesh_of(variables)
     if mesh:
@@ -95,7 +102,9 @@ def predict_slices(
         return place_whole(filled, sharding)
 
     parts = []
-    for start in range(0, len(hu), batch):
+    starts = range(0, len(hu), batch)
+    hidden = hosts.hides_progress() or not shown
+    for start in tqdm(starts, desc=shown, unit="batch", leave=False, disable=hidden):
         count = min(batch, len(hu) - start)
         chunk = slice(start, start + batch)
         boxed = None if truth is None else place(truth[chunk])
@@ -135,7 +144,8 @@ def predict_volume(
     geometry = volume.geometry(config.data.size, config.data.resize)
     hu = np.stack([geometry.image_to_square(image) for image in volume.hu])
     squares = None if truth is None else np.stack([geometry.mask_to_square(m) for m in truth])
-    slices = predict_slices(predict, variables, hu, squares, config.evaluate.batch)
+    name = volume.path.name
+    slices = predict_slices(predict, variables, hu, squares, config.evaluate.batch, name)
     # On each of the two grids: what hangs together on the one may not on the other.
     component, masks, logits = config.evaluate.component, {}, {}
     for protocol, found in slices.logits.items():

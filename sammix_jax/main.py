@@ -34,6 +34,11 @@ flags.adopt_module_key_flags(options)  # so that --help tells of them
 
 # A disk or a quota that is full, or a folder that may only be read.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_OUT_OF_MEMORY = (
+    "Less is needed with --config.evaluate.batch, of which a run may change, for scoring and "
+    "predicting; for training, in a new workdir, with model.dtype=bfloat16, model.remat=blocks, "
+    "train.accumulate or mesh.fsdp: --mode=plan tells before what a step takes."
+)
 
 
 def main(argv) -> int:
@@ -66,6 +71,9 @@ def main(argv) -> int:
         if isinstance(error, OSError) and error.errno in _NO_PLACE:
             told = f"{error}; what was saved before is whole: make room and run the same command."
             return hosts.leave(options.fail(told))
+        if "RESOURCE_EXHAUSTED" in str(error):
+            told = str(error).splitlines()[0][:200].rstrip(".")
+            return hosts.leave(options.fail(f"{told}. {_OUT_OF_MEMORY}"))
         if jax.distributed.is_initialized():
             traceback.print_exc()
             hosts.leave(1)

@@ -10,8 +10,8 @@ from ml_collections import config_flags
 from sammix_jax.config import default_config
 from sammix_jax.config_files import load_config, overlay
 from sammix_jax.config_rules import check_config
-from sammix_jax.data.datasets import natural
 from sammix_jax.data.paths import Path, find_matching
+from sammix_jax.data.scan_files import natural
 from sammix_jax.errors import UserError
 
 MODES = {

@@ -8,15 +8,18 @@ import os
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
 from sammix_jax import hosts
 from sammix_jax.data import volumes
 from sammix_jax.data.datasets import CASE_IMAGES
-from sammix_jax.data.files import local_copy
+from sammix_jax.data.files import local_copy, read_json
+from sammix_jax.data.hdf5 import is_hdf5
 from sammix_jax.data.masks import file_voxels, write_mask
 from sammix_jax.data.nifti import is_nifti, read_nifti, stem
 from sammix_jax.data.paths import Path, as_path, find_in, is_remote, resolved
-from sammix_jax.errors import UserError
+from sammix_jax.data.split_files import IMAGES
+from sammix_jax.errors import UserError, listed
 from sammix_jax.evaluation import figures
 from sammix_jax.inference import load_model, make_predict, mesh_of, predict_volume
 from sammix_jax.systems.system import ORACLES
@@ -57,6 +60,7 @@ def predict(config, workdir, source, target) -> list[Prediction]:
     """
     pairs = _pairs(as_path(source), as_path(target))
     hosts.on_first(lambda: _check_places([mask for _, mask in pairs]))
+    _tell_of_other_scans(config, workdir)
     system, variables, _ = load_model(config, workdir)
     if system.headline in ORACLES:
         raise UserError(
@@ -68,7 +72,8 @@ def predict(config, workdir, source, target) -> list[Prediction]:
         volumes.read_volume, default_orientation=config.data.default_orientation
     )
     predictions, faults = [], []
-    for scan, mask_path in pairs:
+    hidden = hosts.hides_progress() or len(pairs) == 1
+    for scan, mask_path in tqdm(pairs, desc="predict", unit="scan", disable=hidden):
         # All processes predict a scan, or none.
         volume, fault = hosts.for_all(functools.partial(read_volume, scan), scan)
         if not fault:
@@ -88,22 +93,47 @@ def predict(config, workdir, source, target) -> list[Prediction]:
     return predictions
 
 
+def _tell_of_other_scans(config, workdir) -> None:
+    data = config.data
+    if (data.central_fraction, tuple(data.slice_range)) != (1.0, (0.0, 1.0)):
+        _LOG.warning(
+            "%s was trained on a part of each scan's slices (data.central_fraction=%s, "
+            "data.slice_range=%s), and all slices are segmented: look at those that are like none "
+            "it has seen.",
+            workdir,
+            data.central_fraction,
+            tuple(data.slice_range),
+        )
+    images = as_path(workdir) / IMAGES
+    if images.exists() and any(is_hdf5(kept["file"]) for kept in read_json(images).values()):
+        _LOG.warning(
+            "%s was trained on HDF5 slices, which keep no orientation; where they lay otherwise "
+            "than these scans, turned to patient coordinates, every mask is wrong: look at the "
+            "overlays.",
+            workdir,
+        )
+
+
 def _check_places(masks: list[Path]) -> None:
     """Before anything is computed: a mask that cannot be written is hours lost."""
+    faults = []
     for mask in masks:
         overlay = _overlay(mask)
         made = _kept_digest(overlay) if overlay.exists() else ""
         if overlay.exists() and not made:
-            raise UserError(
+            faults.append(
                 f"--output={mask}: its overlay would replace {overlay.name}, which this program "
-                "did not make; give another place, or move the file away."
+                "did not make"
             )
         # Else a reference, or a mask that was corrected by hand.
         if mask.exists() and not (made and made == _file_digest(mask)):
-            raise UserError(
+            faults.append(
                 f"--output={mask}: is there already, and is no mask of this program as "
-                f"{overlay.name} beside it knows it; give another place, or move the file away."
+                f"{overlay.name} beside it knows it"
             )
+    if faults:
+        found = faults[0] if len(faults) == 1 else f"files are in the way:{listed(faults)}\n"
+        raise UserError(f"{found}; give another place, or move the files away.")
     for folder in {mask.parent for mask in masks if not is_remote(mask)}:
         try:
             folder.mkdir(parents=True, exist_ok=True)

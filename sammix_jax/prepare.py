@@ -47,7 +47,7 @@ def prepare(config, workdir) -> SliceStore:
     data = config.data
     root = as_path(data.root) if data.root else _phantom(data, as_path(workdir))
     store = store_folder(config, workdir)
-    scans = datasets.find_scans(root, data.organ, tuple(data.label_values))
+    scans = datasets.find_scans(root, data.organ, tuple(data.label_values), data.ignore_value)
     params = {
         "organ": data.organ,
         "size": data.size,

@@ -21,6 +21,7 @@ from sammix_jax.inference import make_predict
 from sammix_jax.sharding import abstract_state, batch_layout, make_mesh, place_batch, shardings
 from sammix_jax.systems.named import make_system
 from sammix_jax.training.checkpoint import Checkpoints, best_step
+from sammix_jax.training.lock import sole_writer
 from sammix_jax.training.loop import Validation, run_steps
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import TrainState, jit_train_step, load_pretrained, make_init
@@ -76,7 +77,7 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
     init = make_init(system, optimiser, config)
     like = abstract_state(init, mesh, config.mesh.shard_frozen)
     sharding = shardings(like)
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+    with sole_writer(workdir), Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         checkpoints.check_config(config)
         state = checkpoints.restore(like)
         begins = state is None
@@ -95,11 +96,12 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
         checkpoints.save_frozen(state)
         start = int(state.step)
         _LOG.info(
-            "training from step %d to %d: %d labelled slices, %d without a mask, "
-            "%s trained of %s parameters, on %d %s device(s)",
+            "training from step %d to %d: %d slices lend masks (data.labelled_slices=%d; 0: all), "
+            "%d others do not; %s trained of %s parameters, on %d %s device(s)",
             start,
             steps,
             len(labelled),
+            config.data.labelled_slices,
             len(others),
             f"{_count(like.trainable):,}",
             f"{_count(like.trainable) + _count(like.frozen):,}",

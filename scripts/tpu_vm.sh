@@ -13,7 +13,8 @@
 #   --restarts=100  how often a run that was cut off is taken up again
 #   --dry-run       print each command and run none
 #
-# The commit that is checked out is copied to the slice, so commit first. Ctrl-C lets the run save,
+# The commit that is checked out is copied to the slice; with changes to the code or the configs
+# beside it nothing is started. Ctrl-C lets the run save,
 # then deletes the slice. With JAX_COMPILATION_CACHE_DIR=gs://B/compiled in the environment another
 # slice takes up what the one before it has compiled.
 set -euo pipefail
@@ -153,6 +154,14 @@ scratch=$(mktemp -d)
 archive=$scratch/sammix.tar.gz
 trap finish EXIT
 trap interrupted INT TERM
+
+# What would stay behind is told before anything is paid for.
+changed=$(git status --porcelain -- sammix_jax configs requirements)
+if [[ $changed ]]; then
+  ((dry)) || die "not committed, and so not copied to the slice: commit it first
+$changed"
+  say "not committed: commit it before the run"
+fi
 
 if ! ((dry)); then
   if there_is tpu-vm || { ((spot)) && there_is queued-resources; }; then

@@ -54,6 +54,7 @@ TESTED = {
         "test_organ_and_label_values_choose_the_masks": (
             "data.organ",
             "data.label_values",
+            "data.ignore_value",
             "evaluate.label_values",
         ),
         "test_size_resize_and_central_part_shape_the_store": (
@@ -285,9 +286,10 @@ def test_organ_and_label_values_choose_the_masks(config, tmp_path, monkeypatch):
     """For training, and for a folder that is only scored; test_datasets.py has what they choose."""
     monkeypatch.setattr(datasets, "find_scans", stop)
     config.data.root, config.data.organ, config.data.label_values = "scans", "spleen", (3, 4)
+    config.data.ignore_value = 9
     with pytest.raises(Stopped) as stopped:
         prepare(config, tmp_path)
-    assert stopped.value.args[1:] == ("spleen", (3, 4))
+    assert stopped.value.args[1:] == ("spleen", (3, 4), 9)
     config.evaluate.root, config.evaluate.label_values = "others", (5,)
     with pytest.raises(Stopped) as stopped:
         evaluate(config, tmp_path)

@@ -192,21 +192,36 @@ def test_the_sweep_and_pretraining_from_the_command_line(tmp_path):
 
 
 FULL = """
-import errno
+import errno, jax
 from absl import app
 from sammix_jax import main, options
 def run(*_):
-    raise OSError(errno.ENOSPC, "No space left on device", "a/file")
+    raise {}
 main._run = run
 app.run(main.main, flags_parser=options.parse)
 """
 
 
-def test_a_full_disk_is_told(tmp_path):
-    command = [sys.executable, "-c", FULL, "--mode=evaluate", f"--workdir={tmp_path}"]
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            'OSError(errno.ENOSPC, "No space left on device", "a/file")',
+            "No space left on device: 'a/file'; what was saved before is whole",
+        ),
+        (
+            'jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory for 8 bytes.")',
+            "Out of memory for 8 bytes. Less is needed with --config.evaluate.batch",
+        ),
+    ],
+    ids=["disk", "memory"],
+)
+def test_a_lack_of_room_is_told(tmp_path, error, message):
+    script = FULL.format(error)
+    command = [sys.executable, "-c", script, "--mode=evaluate", f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "No space left on device: 'a/file'; what was saved before is whole" in done.stderr
+    assert message in done.stderr
 
 
 CROSS_DOMAIN = "--config=configs/totalsegmentator.py"

@@ -3,15 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Collection
 
 import numpy as np
 
 from sammix_jax import hosts
-from sammix_jax.data.datasets import natural
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.hdf5 import is_hdf5
 from sammix_jax.data.paths import Path, as_path
+from sammix_jax.data.scan_files import natural
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.splits import (
     PARTS,
@@ -22,6 +23,8 @@ from sammix_jax.data.splits import (
     taught_scans,
 )
 from sammix_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 SPLIT, LABELS, SCANS, IMAGES = "split.json", "labels.json", "scans.json", "images.json"
 
@@ -62,6 +65,14 @@ def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceI
         split = _read_split(split_path, set(labelled))
         _refuse_partly_annotated(split, split_path, partly)
         _refuse_torn_patients(split, split_path, config.data.patient)
+        if left_out := sorted(set(labelled) - {*split.train, *split.val, *split.test}, key=natural):
+            _LOG.warning(
+                "%d scans with masks are in no part of %s, and so left out: %s. A new workdir "
+                "draws a split of all.",
+                len(left_out),
+                split_path,
+                ", ".join(left_out[:8]),
+            )
     else:
         data = config.data
         split = split_scans(labelled, data.split, data.seed, data.patient, partly)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sammix_jax.config_files import differing_fields
+from sammix_jax.config_files import differing_fields, load_config
 from sammix_jax.data.files import read_json, sha256, write_csv, write_json
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.data.split_files import LABELS, SPLIT
@@ -69,12 +69,21 @@ class Evaluation:
 
 
 def results_folder(config, workdir) -> Path:
-    """WORKDIR/evaluation/PART; for another folder of scans its name and a digest of its path."""
-    name = config.evaluate.part
+    """WORKDIR/evaluation/PART; for another folder of scans its name and a digest of its path.
+
+    Settings other than the workdir's own follow, as in `test-component=largest`: its results stay.
+    """
+    name, workdir = config.evaluate.part, as_path(workdir)
     if config.evaluate.root:
         root = resolved(as_path(config.evaluate.root))
         name = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:6]}"
-    return as_path(workdir) / "evaluation" / name
+    if (workdir / "config.json").exists():
+        own = load_config(workdir).evaluate
+        for field, value in sorted(config.evaluate.items()):
+            if field not in ("part", "root", "batch") and value != own[field]:
+                said = "+".join(map(str, value)) if isinstance(value, tuple) else value
+                name += f"-{field}={said}"
+    return workdir / "evaluation" / name
 
 
 def collect(
@@ -161,7 +170,7 @@ def load_results(config, workdir) -> dict:
     path = results_folder(config, workdir) / RESULTS
     again = f"run --mode=evaluate --workdir={workdir}"
     if not path.exists():
-        raise UserError(f"{path}: no such file; {again} first.")
+        raise UserError(f"{path}: no such file; {again}, with these settings, first.")
     results = read_json(path)
     if differing := _other_settings(results, config):
         raise UserError(

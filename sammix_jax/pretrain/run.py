@@ -16,6 +16,7 @@ from sammix_jax.pretrain.score import VALIDATION, held_out_scenes, make_answer, 
 from sammix_jax.pretrain.step import jit_pretrain_step, make_init
 from sammix_jax.sharding import abstract_state, along_batch, make_mesh, shardings
 from sammix_jax.training.checkpoint import Checkpoints
+from sammix_jax.training.lock import sole_writer
 from sammix_jax.training.loop import Validation, run_steps
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import load_pretrained
@@ -75,7 +76,7 @@ def pretrain(config, workdir) -> Path:
     init = make_init(sam, optimiser, config)
     like = abstract_state(init, mesh, config.mesh.shard_frozen)
     sharding = shardings(like)
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+    with sole_writer(workdir), Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         checkpoints.check_config(config)
         state = checkpoints.restore(like)
         if state is None:

@@ -27,6 +27,11 @@ def test_lits_pairs_by_number_across_folders(tmp_path):
     ]  # fmt: skip
     assert scans[0].label_values == (1, 2)
     assert datasets.find_scans(tmp_path, "tumour")[0].label_values == (2,)
+    touch(tmp_path, "test/test-volume-2.nii")
+    tests = datasets.find_scans(tmp_path, "liver")[:1]
+    assert [(s.name, s.image.name, s.label) for s in tests] == [
+        ("test-volume-2", "test-volume-2.nii", None),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,53 @@ def test_totalsegmentator(tmp_path):
 def test_label_values_can_be_given(tmp_path):
     touch(tmp_path, "volume-1.nii", "segmentation-1.nii")
     assert datasets.find_scans(tmp_path, "liver", (1,))[0].label_values == (1,)
+    (scan,) = datasets.find_scans(
+        tmp_path, "spleen", (7,), 255
+    )  # a name that no layout has to know
+    assert scan.label_values == (7,) and scan.known_values == () and scan.ignore_value == 255
+
+
+def test_label_values_stand_in_for_a_name_of_dataset_json(tmp_path, caplog):
+    touch(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")
+    labels = {"background": 0, "left": 1, "right": 2, "ignore": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    (scan,) = datasets.find_scans(tmp_path, "kidney", (1, 2))
+    assert scan.label_values == (1, 2) and scan.ignore_value == 3 and not caplog.text
+
+
+def test_the_decathlons_test_scans_are_scored_by_their_own_folder(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1}}')
+    with pytest.raises(UserError, match="no scans found"):
+        datasets.find_scans(tmp_path / "imagesTs", "liver")
+    touch(tmp_path, "labelsTs/b.nii.gz", "labelsTs/c.nii.gz")
+    with pytest.raises(
+        UserError, match=r"c\.nii\.gz: a mask without its scan, expected imagesTs/c"
+    ):
+        datasets.find_scans(tmp_path / "imagesTs", "liver")
+    (tmp_path / "labelsTs" / "c.nii.gz").unlink()
+    (scan,) = datasets.find_scans(tmp_path / "imagesTs", "liver")
+    assert (scan.name, scan.label.parent.name, scan.label_values) == ("b", "labelsTs", (1,))
+    named = {scan.name: scan.label for scan in datasets.find_scans(tmp_path, "liver")}
+    assert named["a"] and not named["b"]  # a training never reads their masks
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"channel_names": {"0": "CT"}}, False),
+        ({"modality": {"0": "CT"}}, False),
+        ({"channel_names": {"0": "MRI"}}, True),
+        ({"modality": "MRI"}, True),
+        ({}, False),
+    ],
+)
+def test_scans_that_are_no_ct_are_told(tmp_path, caplog, said, told):
+    touch(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")
+    fields = {"labels": {"background": 0, "liver": 1}} | said
+    (tmp_path / "dataset.json").write_text(json.dumps(fields))
+    datasets.find_scans(tmp_path, "liver")
+    assert ("scans of MRI, not CT" in caplog.text) == told
 
 
 @pytest.mark.parametrize(

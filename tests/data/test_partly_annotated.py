@@ -1,6 +1,7 @@
 """Scans of which only some slices are annotated: nnU-Net's "ignore" label, from file to batch."""
 
 import json
+import pathlib
 
 import nibabel as nib
 import numpy as np
@@ -50,6 +51,26 @@ def config(tmp_path):
     config.data.split = (1, 1, 1)
     config.data.labelled_slices = 0
     return config
+
+
+def test_any_layout_may_have_a_value_to_ignore(config, tmp_path):
+    """Here LiTS's: the same files under its names."""
+    lits, root = tmp_path / "lits", pathlib.Path(config.data.root)
+    lits.mkdir()
+    for number, name in enumerate("abcde"):
+        image, label = (
+            root / "imagesTr" / f"{name}_0000.nii.gz",
+            root / "labelsTr" / f"{name}.nii.gz",
+        )
+        image.rename(lits / f"volume-{number}.nii.gz")
+        label.rename(lits / f"segmentation-{number}.nii.gz")
+    config.data.root = str(lits)
+    with pytest.raises(UserError, match=r"holds the values \[255\].*annotated with data\.ignore"):
+        prepare(config, tmp_path)
+    config.data.ignore_value = IGNORE
+    store = prepare(config, tmp_path)
+    labels = [store.image_label(s) for s in store.slices("volume-0")]
+    assert labels == [0, 1, 1, -1, -1]
 
 
 def test_only_whole_slices_lend_masks_and_scribbles_say_that_the_organ_is_there(config, tmp_path):

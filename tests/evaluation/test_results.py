@@ -12,6 +12,7 @@ import pytest
 from forked import run as run_command
 
 from sammix_jax.config import default_config
+from sammix_jax.config_files import claim_workdir
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.results import (
@@ -92,9 +93,27 @@ def test_saved_results_are_those_of_the_same_settings_and_whole(run):
     assert saved_results(config, run) == found(run)[0]
     config.evaluate.gate = not config.evaluate.gate
     assert saved_results(config, run) is None
+    with pytest.raises(UserError, match=r"made with evaluate\.gate=True \(now False\); run --mode"):
+        load_results(config, run)
     config.evaluate.gate = not config.evaluate.gate
     write_results(folder, *found(run, faults=["x.nii: truncated"]))
     assert saved_results(config, run) is None
+
+
+def test_other_settings_have_a_folder_of_their_own(run):
+    config = default_config()
+    config.evaluate.component = "largest"
+    claim_workdir(config, run)
+    own = results_folder(config, run)
+    assert own == run / "evaluation" / "test"
+    config.evaluate.batch += 1  # changes no score
+    config.data.root = "elsewhere"
+    assert results_folder(config, run) == own
+    config.evaluate.component, config.evaluate.protocols = "all", ("cam", "none")
+    other = results_folder(config, run)
+    assert other.name == "test-component=all-protocols=cam+none" and other.parent == own.parent
+    config.evaluate.root = str(run)
+    assert results_folder(config, run).name.endswith("-component=all-protocols=cam+none")
 
 
 def test_saved_results_are_those_of_the_present_checkpoint(run):
@@ -235,7 +254,7 @@ def test_the_command_that_summarises(run, tmp_path):
     assert "evaluation/val/results.json: no such file; run --mode=evaluate" in lacking.stderr
     gated = summarise(f"--workdir={tmp_path}/runs/seed-*", "--config.evaluate.gate=False")
     assert gated.returncode == 1
-    assert "results.json: made with evaluate.gate=True (now False); run --mode=ev" in gated.stderr
+    assert "evaluation/test-gate=False/results.json: no such file; run --mode=ev" in gated.stderr
     nowhere = summarise(f"--workdir={tmp_path}/nowhere-*")
     assert nowhere.returncode == 1 and "nowhere-*: no such folder" in nowhere.stderr
     assert "Traceback" not in lacking.stderr + gated.stderr + nowhere.stderr

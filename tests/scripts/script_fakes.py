@@ -43,7 +43,7 @@ class Fakes:
 
     def __init__(self, folder):
         self.folder = folder
-        for name in ("gcloud", "srun", "scontrol"):
+        for name in ("gcloud", "git", "srun", "scontrol"):
             (folder / name).write_text(FAKE)
             (folder / name).chmod(0o755)
         self.answer({})

@@ -28,6 +28,15 @@ def tpu_vm(fakes, answers, *options):
     return fakes.run("tpu_vm.sh", *TPU, *options, "--", *OPTIONS, POLL_SECONDS="0")
 
 
+def test_what_is_not_committed_is_told_before_anything_is_paid_for(fakes):
+    changed = {"git status": [[" M configs/lits.py", 0]]}
+    code, _, errors = tpu_vm(fakes, changed)
+    assert code == 2 and "commit it first" in errors and " M configs/lits.py" in errors
+    assert not fakes.calls("gcloud")
+    code, output, errors = tpu_vm(fakes, changed, "--dry-run")
+    assert code == 0 and "not committed" in errors and "queued-resources create" in output
+
+
 def remote(call):
     return next(a.removeprefix("--command=") for a in call if a.startswith("--command="))
 
@@ -85,14 +94,14 @@ def test_on_demand_asks_for_no_spot(fakes):
 
 def test_a_dry_run_prints_the_commands_and_runs_none(fakes):
     code, output, _ = tpu_vm(fakes, {}, "--dry-run")
-    assert code == 0 and not fakes.calls()
+    assert code == 0 and not fakes.calls("gcloud")
     shell = f'gcloud() {{ {shlex.quote(str(fakes.folder / "gcloud"))} "$@"; }}\n'
     printed = [line for line in output.splitlines() if line.startswith("gcloud")]
     subprocess.run([BASH, "-c", shell + "\n".join(printed)], check=True)
-    dry = fakes.calls()
+    dry = fakes.calls("gcloud")
     (fakes.folder / "calls").unlink()
     tpu_vm(fakes, {})
-    real = [call for call in fakes.calls() if "describe" not in call]
+    real = [call for call in fakes.calls("gcloud") if "describe" not in call]
 
     def same(calls):
         return [[a for a in call if not a.endswith(".tar.gz") or ":" in a] for call in calls]
