@@ -13,11 +13,11 @@ Model     slices of 128 pixels; SAM is the mini of weights/, pretrained on drawn
           them at 256, as SAM takes CT at twice its side
 Budget    SAM-Mix a tenth of the steps of the baselines, as in the paper; --share of
           benchmarks/paper.py gives the baselines less
-Expected  docs/results.md, as far as it is measured
+Expected  docs/results.md
 
 benchmarks/paper_tuning.py chooses learning rate and augmentation on validation patients (docs/
-results.md has what it found): so far of U-Net, TransU-Net, MultiMix and SAM-Mix; SAMed's LoRA
-form has the rate of SAM-Mix's, the others have their configs' own.
+results.md has what it found) of U-Net, TransU-Net, MultiMix and SAM-Mix; SAMed's LoRA form has the
+rate of SAM-Mix's, the others have their configs' own.
 """
 
 from configs import labels, quickstart

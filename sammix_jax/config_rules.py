@@ -15,9 +15,9 @@ from sammix_jax.method.augment import AUGMENTATIONS
 from sammix_jax.method.objective import CLASSIFICATION_LOSSES
 from sammix_jax.method.preprocess import NORMALISATIONS, SCALINGS
 from sammix_jax.method.prompted_sam import PROMPTS
-from sammix_jax.method.sam_mix import BOX_SOURCES, DTYPES, FUSIONS
+from sammix_jax.method.sam_mix import BOX_SOURCES, FUSIONS
 from sammix_jax.models.baselines.transunet import VARIANTS as TRANSUNETS
-from sammix_jax.models.blocks import POLICIES
+from sammix_jax.models.blocks import COMPUTE_DTYPES, POLICIES
 from sammix_jax.models.lora import THIRDS
 from sammix_jax.models.resnet import OUTPUT_STRIDES, STAGES
 from sammix_jax.models.sam.choice import MASK_CHOICES
@@ -43,7 +43,7 @@ CHOICES = {
     "model.sam": tuple(VARIANTS),
     "model.classifier": tuple(OUTPUT_STRIDES),
     "model.mask_choice": MASK_CHOICES,
-    "model.dtype": DTYPES,
+    "model.dtype": COMPUTE_DTYPES,
     "model.remat": POLICIES,
     "cam.method": cam.METHODS,
     "cam.component": cam.COMPONENTS,

@@ -6,8 +6,7 @@ import math
 
 from tqdm import tqdm
 
-from sammix_jax.method.sam_mix import DTYPES
-from sammix_jax.models.blocks import POLICIES
+from sammix_jax.models.blocks import COMPUTE_DTYPES, POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, plan_train
 from sammix_jax.systems.named import HOLD_SAM
 
@@ -30,7 +29,7 @@ def sweep(config, target: Target):
         remats, chunks = POLICIES, (*chunks, WHOLE)
     choices = [
         {"model.dtype": dtype, "model.remat": remat, "model.query_chunk": chunk}
-        for dtype, remat, chunk in itertools.product(DTYPES, remats, chunks)
+        for dtype, remat, chunk in itertools.product(COMPUTE_DTYPES, remats, chunks)
     ]
     for options in tqdm(choices, desc="sweep", unit="choice", disable=None):
         tried = config.copy_and_resolve_references()

@@ -21,7 +21,7 @@ import nibabel as nib
 import numpy as np
 
 from sammix_jax.data.files import read_json, whole_file
-from sammix_jax.data.nifti import CANONICAL
+from sammix_jax.data.nifti import canonical_transform
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 
@@ -81,12 +81,8 @@ def read_cases(output: pathlib.Path) -> tuple[Layout, dict]:
 
 def canonical_affine(volume: Volume) -> np.ndarray:
     """(4, 4) float64: voxel (w, h, d) of the canonical volume → RAS+ mm."""
-    turn = nib.orientations.ornt_transform(
-        volume.orientation, nib.orientations.axcodes2ornt(CANONICAL)
-    )
-    shape = volume.hu.shape[::-1]  # (D, H, W) → (W, H, D)
-    file_shape = [shape[int(axis)] for axis in turn[:, 0]]
-    return volume.affine @ nib.orientations.inv_ornt_aff(turn, file_shape)
+    turn = canonical_transform(volume.orientation)
+    return volume.affine @ nib.orientations.inv_ornt_aff(turn, volume.file_shape)
 
 
 def slice_affine(volume: Volume, z: int) -> np.ndarray:

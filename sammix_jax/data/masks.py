@@ -10,7 +10,6 @@ from sammix_jax.data import hdf5
 from sammix_jax.data.files import local_copy, whole_file
 from sammix_jax.data.nifti import (
     CANONICAL,
-    canonical_transform,
     is_nifti,
     is_placed,
     lost_spacing,
@@ -77,7 +76,7 @@ def read_annotation(
     nifti = read_nifti(path)
     image, voxels = nifti.image, nifti.values()
     shape = voxels.shape
-    expected = _file_shape(scan)
+    expected = scan.file_shape
     if shape != expected:
         raise UserError(
             f"{path}: the mask's grid is {shape}, its scan {scan.path} has {expected}; "
@@ -176,12 +175,6 @@ def write_mask(path, mask: np.ndarray, scan: Volume) -> None:
         image = type(source)(voxels, None, header)
     with whole_file(path) as partial:
         nib.save(image, partial)
-
-
-def _file_shape(scan: Volume) -> tuple[int, ...]:
-    w, h, d = scan.hu.shape[::-1]
-    canonical = (w, h, d)
-    return tuple(canonical[int(axis)] for axis in canonical_transform(scan.orientation)[:, 0])
 
 
 def _largest_shift(a: np.ndarray, b: np.ndarray, shape) -> float:

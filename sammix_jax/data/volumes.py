@@ -62,6 +62,13 @@ class Volume:
         return "".join(nib.orientations.ornt2axcodes(self.orientation))
 
     @property
+    def file_shape(self) -> tuple[int, int, int]:
+        """(I, J, K): the file's own."""
+        shape = self.hu.shape[::-1]  # (D, H, W) → (W, H, D)
+        i, j, k = (shape[int(axis)] for axis in canonical_transform(self.orientation)[:, 0])
+        return i, j, k
+
+    @property
     def is_sheared(self) -> bool:
         """Whether two axes meet at another than a right angle by more than 0.6° (gantry tilt)."""
         axes = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)

@@ -26,7 +26,6 @@ POSITIVE = 1  # the class "this slice shows the organ"
 
 FUSIONS = ("add", "concat", "none")
 BOX_SOURCES = ("cam", "gt")
-DTYPES = ("float32", "bfloat16")
 
 
 class SamMixOutput(NamedTuple):

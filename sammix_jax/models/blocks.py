@@ -16,6 +16,7 @@ from sammix_jax.sharding import gather, is_divided
 # dots    products with weight matrices are kept; attention, convolutions and all else are not
 # blocks  only what goes into each block is kept
 POLICIES = ("none", "dots", "blocks")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 # The names of what is made from `block_class`.
 _NAME = re.compile(r"(block|b\d|layer\d)_\d+")
 
