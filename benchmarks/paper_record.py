@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.cells import Row, Score, read_scores
 from sammix_jax.data.files import read_json, write_csv
+from sammix_jax.data.split_files import BEGUN_FROM
 from sammix_jax.training.log import read_log
-from sammix_jax.weights import BEGUN_FROM
 
 # Per volume and in mm, then per slice of those that show the organ and in pixels, as in the paper.
 METRICS = ("dice", "hd95_mm", "slice_dice", "slice_hausdorff_px")

@@ -30,10 +30,10 @@ from sammix_jax.data.files import sha256, whole_file
 from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.data.split_files import SPLIT
 from sammix_jax.errors import UserError
-from sammix_jax.inference import load_model
 from sammix_jax.models.lora import merge_lora
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.systems.named import HOLD_SAM
+from sammix_jax.training.trained import load_model
 from sammix_jax.weights import DTYPES, IMAGE_KEYS, read_weights, write_weights
 
 FORMATS = {

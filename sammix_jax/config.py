@@ -66,6 +66,7 @@ def default_config() -> ml_collections.ConfigDict:
     model.transunet = "r50_vit_b16"  # or "mini"
     model.sam_weights = ""  # file of python -m convert.sam; "" starts from random values
     model.classifier_weights = ""  # file of python -m convert.classifier; "" as above
+    model.start_from = ""  # a trained workdir whose model a run starts from, in place of the files
     model.dtype = "float32"  # compute dtype of SAM and the classifier; parameters stay float32
     model.remat = "none"  # what the backward pass computes again instead of keeping it: "dots", all
     #                       but products with weight matrices; "blocks", all within a block of

@@ -243,8 +243,11 @@ def _training_rules(config) -> Iterator[Rule]:
     yield "train.epochs", math.isfinite(settings.epochs), "a number"
     yield (
         "train.epochs",
-        settings.epochs > 0 or settings.steps > 0 or bool(config.model.sam_weights),
-        "above 0; with train.steps=0 too nothing is trained, and that wants model.sam_weights",
+        settings.epochs > 0
+        or settings.steps > 0
+        or bool(config.model.sam_weights or config.model.start_from),
+        "above 0; with train.steps=0 too nothing is trained, and that wants model.sam_weights or "
+        "model.start_from",
     )
     yield "train.box", settings.box == "cam" or config.cam.box, "cam where cam.box says no box"
     yield (
@@ -279,6 +282,9 @@ def check_weight_files(config) -> None:
     Raises:
       UserError: names the field and the file.
     """
+    start = config.model.start_from
+    if start and not (as_path(start) / "checkpoints").is_dir():
+        raise UserError(f"model.start_from={start}: no checkpoints there; give a trained workdir.")
     for field in ("model.sam_weights", "model.classifier_weights"):
         file = _get(config, field)
         if file and not as_path(file).is_file():

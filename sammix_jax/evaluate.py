@@ -25,10 +25,11 @@ from sammix_jax.evaluation.results import (
 )
 from sammix_jax.evaluation.scans import read_labelled, scan_digests, scans_to_score
 from sammix_jax.evaluation.scores import Case, score_guidance, score_scan
-from sammix_jax.inference import VolumePrediction, load_model, make_predict, mesh_of, predict_volume
+from sammix_jax.inference import VolumePrediction, make_predict, mesh_of, predict_volume
 from sammix_jax.method.cam import mask_to_box
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import scored_protocols
+from sammix_jax.training.trained import load_model
 
 _LOG = logging.getLogger(__name__)
 

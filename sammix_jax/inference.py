@@ -1,6 +1,5 @@
 """Slices in, masks out: the one path that validation, evaluation and prediction share."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -9,25 +8,17 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from sammix_jax import hosts
-from sammix_jax.data.paths import as_path
 from sammix_jax.data.volumes import Volume
-from sammix_jax.errors import UserError
 from sammix_jax.method.postprocess import keep_component, rule_out
 from sammix_jax.method.preprocess import scale_slices
 from sammix_jax.models.blocks import gather_outside_blocks
 from sammix_jax.sharding import (
-    abstract_state,
     along_batch,
     filled_batch,
-    make_mesh,
     on_mesh,
     place_whole,
 )
-from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import SlicePredictions, System
-from sammix_jax.training.checkpoint import Checkpoints
-from sammix_jax.training.optim import make_optimiser
-from sammix_jax.training.step import make_init
 
 
 def make_predict(
@@ -153,31 +144,3 @@ def predict_volume(
         masks[protocol] = keep_component(mask, component)
         logits[protocol] = rule_out(found, component)
     return VolumePrediction(masks, slices._replace(logits=logits), hu, squares)
-
-
-class TrainedModel(NamedTuple):
-    """A system, its variables, and the step whose checkpoint they are of."""
-
-    system: System
-    variables: dict
-    step: int
-
-
-def load_model(config, workdir) -> TrainedModel:
-    """The trained system of a workdir, the best by validation.
-
-    Raises:
-      UserError: the workdir has no checkpoint, or one whose weights were trained on other input.
-    """
-    folder = as_path(workdir) / "checkpoints"
-    if not folder.exists():
-        raise UserError(f"{folder}: no checkpoint there; train the workdir first.")
-    system = make_system(config)
-    # There may be fewer devices than trained it.
-    mesh = make_mesh(math.gcd(config.mesh.fsdp, jax.device_count()))
-    init = make_init(system, make_optimiser(config.train, steps=1), config)
-    like = abstract_state(init, mesh, config.mesh.shard_frozen)
-    with Checkpoints(workdir, read_only=True) as checkpoints:
-        checkpoints.check_preprocessing(config)
-        state = checkpoints.restore_best(like)
-    return TrainedModel(system, state.variables, int(state.step))

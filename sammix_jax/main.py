@@ -99,7 +99,8 @@ def _run(mode: str, workdir: Path) -> None:
     else:
         if not options.INPUT.value or not options.OUTPUT.value:
             raise UserError("--mode=predict needs --input and --output.")
-        for made in predict.predict(config, workdir, options.INPUT.value, options.OUTPUT.value):
+        places = (options.INPUT.value, options.OUTPUT.value, options.SKIP_EXISTING.value)
+        for made in predict.predict(config, workdir, *places):
             volume = "size unknown" if made.organ_ml is None else f"{made.organ_ml:.1f} mL"
             print(f"{made.mask}: {config.data.organ} {volume}, see {made.overlay}")
 

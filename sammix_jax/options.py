@@ -76,6 +76,9 @@ EVALUATE = flags.DEFINE_bool(
     "evaluate", True, "train: score the model and segment a scan once it is trained."
 )
 INPUT = flags.DEFINE_string("input", None, "predict: a NIfTI scan, or a folder of them.")
+SKIP_EXISTING = flags.DEFINE_bool(
+    "skip_existing", False, "predict: leave out the scans whose masks are there already."
+)
 OUTPUT = flags.DEFINE_string(
     "output", None, "predict: the mask's file, or a folder. summarise: a folder for the means."
 )

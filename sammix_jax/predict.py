@@ -21,8 +21,9 @@ from sammix_jax.data.paths import Path, as_path, find_in, is_remote, resolved
 from sammix_jax.data.split_files import IMAGES
 from sammix_jax.errors import UserError, listed
 from sammix_jax.evaluation import figures
-from sammix_jax.inference import load_model, make_predict, mesh_of, predict_volume
+from sammix_jax.inference import make_predict, mesh_of, predict_volume
 from sammix_jax.systems.system import ORACLES
+from sammix_jax.training.trained import load_model
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Prediction:
     organ_ml: float | None
 
 
-def predict(config, workdir, source, target) -> list[Prediction]:
+def predict(config, workdir, source, target, skip_existing: bool = False) -> list[Prediction]:
     """Segments one scan, or every scan of a folder.
 
     Args:
@@ -49,16 +50,21 @@ def predict(config, workdir, source, target) -> list[Prediction]:
       workdir: a trained workdir; its normalisation and slice size are used.
       source: a NIfTI scan, or a folder of them.
       target: the mask's file for a scan; a folder for a folder, where masks take the scans' names.
+      skip_existing: leave out the scans whose masks are there, whoever made them.
 
     Returns:
-      One prediction a scan. Beside each mask lies an overlay, `NAME_overlay.png`.
+      One prediction a segmented scan. Beside each mask lies an overlay, `NAME_overlay.png`.
 
     Raises:
       UserError: nothing to predict, or a target that would overwrite a scan, or a mask or picture
         that was not predicted or was changed since; a system that needs the truth to be prompted;
         bad scans, once all others are predicted.
     """
-    pairs = _pairs(as_path(source), as_path(target))
+    pairs = every = _pairs(as_path(source), as_path(target))
+    if skip_existing:
+        pairs = [(scan, mask) for scan, mask in every if not mask.exists()]
+        there = len(every) - len(pairs)
+        _LOG.info("%d of %d masks are there already, and stay", there, len(every))
     hosts.on_first(lambda: _check_places([mask for _, mask in pairs]))
     _tell_of_other_scans(config, workdir)
     system, variables, _ = load_model(config, workdir)
@@ -133,7 +139,10 @@ def _check_places(masks: list[Path]) -> None:
             )
     if faults:
         found = faults[0] if len(faults) == 1 else f"files are in the way:{listed(faults)}\n"
-        raise UserError(f"{found}; give another place, or move the files away.")
+        raise UserError(
+            f"{found}; give another place, move the files away, or "
+            "leave their scans out with --skip_existing."
+        )
     for folder in {mask.parent for mask in masks if not is_remote(mask)}:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from sammix_jax.data.batches import Batches
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import SliceId, SliceStore
-from sammix_jax.data.split_files import keep, load_or_draw
+from sammix_jax.data.split_files import BEGUN_FROM, keep, load_or_draw
 from sammix_jax.data.splits import Split, taught_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.scans import partly_annotated, scored_scans
@@ -24,8 +24,8 @@ from sammix_jax.training.checkpoint import Checkpoints, best_step
 from sammix_jax.training.lock import sole_writer
 from sammix_jax.training.loop import Validation, run_steps
 from sammix_jax.training.optim import make_optimiser
-from sammix_jax.training.step import TrainState, jit_train_step, load_pretrained, make_init
-from sammix_jax.weights import BEGUN_FROM, digests
+from sammix_jax.training.start import begun_from, load_pretrained
+from sammix_jax.training.step import TrainState, jit_train_step, make_init
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,10 +88,10 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
         claim_workdir(config, workdir)
         keep(split, labelled, store, workdir)
         if begins:
-            _tell_of_frozen_noise(state.frozen, config.model.sam_weights)
+            _tell_of_frozen_noise(state.frozen, config.model.sam_weights or config.model.start_from)
             _tell_of_moving_statistics(state, config.model.freeze_batch_norm)
             if hosts.is_first():  # the files may be others later
-                write_json(as_path(workdir) / BEGUN_FROM, digests(config))
+                write_json(as_path(workdir) / BEGUN_FROM, begun_from(config))
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
         start = int(state.step)
@@ -191,7 +191,7 @@ def _check_scoring(evaluate, split: Split, store: SliceStore) -> None:
 def _refuse_another_start(config, workdir) -> None:
     """A best state of a start that was cut off goes with the frozen parameters of that start."""
     begun, best = as_path(workdir) / BEGUN_FROM, best_step(workdir)
-    if best is not None and begun.exists() and read_json(begun) != digests(config):
+    if best is not None and begun.exists() and read_json(begun) != begun_from(config):
         raise UserError(
             f"{workdir}/checkpoints/best/{best}: of a start from other weights, which {begun} "
             "tells; bring these back, or give another --workdir."
@@ -207,8 +207,8 @@ def _tell_of_one_class(store: SliceStore, others: Iterable[SliceId]) -> None:
         )
 
 
-def _tell_of_frozen_noise(frozen: dict, sam_weights: str) -> None:
-    if not sam_weights and "sam/image_encoder/patch_embed/kernel" in frozen:
+def _tell_of_frozen_noise(frozen: dict, started_from: str) -> None:
+    if not started_from and "sam/image_encoder/patch_embed/kernel" in frozen:
         _LOG.warning(
             "SAM's image encoder is frozen at random values, which makes a SAM of no use: give "
             "--config.model.sam_weights=FILE (docs/weights.md tells how to make it), or train it."

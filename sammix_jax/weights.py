@@ -34,9 +34,6 @@ KINDS = ("sam", "classifier")
 IMAGE_KEYS = ("normalise", "image_size")
 DTYPES = ("float32", "float16", "bfloat16")
 
-# Within a workdir: `digests` of what it began from.
-BEGUN_FROM = "weights.json"
-
 _LISTED = 8  # names per kind of mistake that an error spells out
 
 

@@ -196,6 +196,9 @@ TESTED = {
         ),
         "test_the_first_steps_see_coarse_images": ("pretrain.coarse_steps",),
     },
+    "training/test_start.py": {
+        "test_it_has_the_trained_model_and_knows_its_scans": ("model.start_from",),
+    },
     "test_weights.py": {
         "test_training_starts_from_both_files": ("model.sam_weights", "model.classifier_weights"),
     },

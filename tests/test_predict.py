@@ -9,6 +9,7 @@ from data.test_volumes import AXCODES, oriented
 
 from sammix_jax.config_files import load_config
 from sammix_jax.data import phantom
+from sammix_jax.data.files import write_json
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation import figures
@@ -128,6 +129,23 @@ def test_a_place_that_cannot_be_written_is_told_first(tmp_path, config, scan):
         predict(config, tmp_path, tmp_path / "scan.nii.gz", tmp_path / "file" / "masks" / "m.nii")
 
 
+def test_what_the_model_never_saw_is_told(tmp_path, workdir, config, scan, caplog):
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    places = (tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz")
+    predict(config, workdir, *places)
+    assert "trained on" not in caplog.text
+    config.data.central_fraction = 0.5
+    predict(config, workdir, *places)
+    assert "on a part of each scan's slices (data.central_fraction=0.5" in caplog.text
+    assert "HDF5" not in caplog.text
+    run = tmp_path / "run"
+    shutil.copytree(workdir / "checkpoints", run / "checkpoints")
+    predict(config, run, *places)  # a model alone is enough
+    write_json(run / "images.json", {"a": {"file": "a.h5", "digest": ""}})
+    predict(config, run, *places)
+    assert "was trained on HDF5 slices" in caplog.text
+
+
 def test_only_masks_of_this_program_are_replaced(tmp_path, workdir, config, scan):
     """In nnU-Net's folders references have the names of their scans."""
     images, labels = tmp_path / "imagesTs", tmp_path / "labelsTs"
@@ -150,6 +168,17 @@ def test_only_masks_of_this_program_are_replaced(tmp_path, workdir, config, scan
     with pytest.raises(UserError, match="no mask of this program as liver_1_overlay"):
         predict(config, workdir, images, out)
     assert first.read_bytes() == kept
+    nib.save(scan, images / "liver_2.nii.gz")
+    (made,) = predict(config, workdir, images, out, skip_existing=True)
+    assert made.mask.name == "liver_2.nii.gz" and first.read_bytes() == kept
+    assert predict(config, workdir, images, out, skip_existing=True) == []
+    second = nib.load(made.mask)
+    nib.save(nib.Nifti1Image(1 - np.asarray(second.dataobj), second.affine), made.mask)
+    with pytest.raises(
+        UserError, match=r"in the way:\n.*liver_1.*\n.*liver_2(.|\n)*--skip_existing"
+    ):
+        predict(config, workdir, images, out)
+    (images / "liver_2.nii.gz").unlink()
     first.unlink()  # as if it had been stopped between overlay and mask
     predict(config, workdir, images, out)
 

@@ -13,7 +13,8 @@ from sammix_jax.errors import UserError
 from sammix_jax.sharding import make_mesh, replicated
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.training.optim import make_optimiser
-from sammix_jax.training.step import load_pretrained, make_init
+from sammix_jax.training.start import load_pretrained
+from sammix_jax.training.step import make_init
 from sammix_jax.weights import fill, load_weights, read_weights, write_weights
 
 METADATA = {"kind": "sam", "model": "mini", "source": "a.pth", "sha256": "0"}

@@ -27,6 +27,7 @@ from sammix_jax.errors import UserError
 _LOG = logging.getLogger(__name__)
 
 SPLIT, LABELS, SCANS, IMAGES = "split.json", "labels.json", "scans.json", "images.json"
+BEGUN_FROM = "weights.json"  # what the run started from, as `training.start.begun_from` has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,8 @@ def kept_split(workdir) -> Split:
 
 
 def training_scans(config, workdir) -> TrainingScans:
-    """The scans that trained a workdir: the split's, and with a teacher the unlabelled ones too.
+    """The scans that trained a workdir: the split's, with a teacher the unlabelled ones too, and
+    those of the workdir that it started from.
 
     Args:
       config: the run's config; `config.consistency.weight` says whether there was a teacher.
@@ -142,7 +144,10 @@ def training_scans(config, workdir) -> TrainingScans:
 
     trained = (*split.train, *unlabelled)
     hdf5 = any(is_hdf5(images[name]["file"]) for name in trained)
-    return TrainingScans(known_by(trained), known_by(split.val), hdf5)
+    begun = read_json(workdir / BEGUN_FROM) if (workdir / BEGUN_FROM).exists() else {}
+    digests = known_by(trained).union(begun.get("trained_on", ()))
+    chose = known_by(split.val).union(begun.get("chose", ()))
+    return TrainingScans(digests, chose, hdf5)
 
 
 def kept_digests(workdir) -> dict[str, tuple[str, str]]:

@@ -19,7 +19,7 @@ from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.lock import sole_writer
 from sammix_jax.training.loop import Validation, run_steps
 from sammix_jax.training.optim import make_optimiser
-from sammix_jax.training.step import load_pretrained
+from sammix_jax.training.start import load_pretrained
 from sammix_jax.weights import write_weights
 
 _LOG = logging.getLogger(__name__)

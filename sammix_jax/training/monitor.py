@@ -50,7 +50,8 @@ def refuse_not_finite(step: int, metrics: dict[str, jax.Array], paths: Sequence[
         culprits += bad[:_NAMED] + more
     raise UserError(
         f"step {step}: {', '.join(culprits)} is not finite; what was saved before is sound. Lower "
-        "train.learning_rate, or set train.clip_norm, in a new workdir."
+        "train.learning_rate, or set train.clip_norm, in a new workdir, which may begin from what was "
+        "saved (model.start_from)."
     )
 
 

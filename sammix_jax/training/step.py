@@ -4,15 +4,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from sammix_jax.method.consistency import follow
 from sammix_jax.models.blocks import gather_outside_blocks
-from sammix_jax.sharding import BatchLayout, on_mesh, place_whole, replicated
+from sammix_jax.sharding import BatchLayout, on_mesh, replicated
 from sammix_jax.systems.system import Microbatch, System
 from sammix_jax.training.optim import merge_params, split_params
-from sammix_jax.weights import fill, load_weights
 
 
 @flax.struct.dataclass
@@ -69,41 +67,6 @@ def new_state(variables: dict, optimiser: optax.GradientTransformation, config) 
         opt_state=optimiser.init(trainable),
         # Copies: the step donates its state, and one buffer cannot be given away twice.
         teacher=jax.tree.map(jnp.copy, trainable) if config.consistency.weight > 0 else {},
-    )
-
-
-def load_pretrained(state: TrainState, config) -> TrainState:
-    """Puts the values of `model.sam_weights` and `model.classifier_weights` in a new state.
-
-    LoRA and the classifier's head keep their random start. Arrays go straight to where the state's
-    lie, not through a compiled program, which would hold them as constants.
-
-    Raises:
-      UserError: a file that is missing, of another model, or does not fit leaf by leaf.
-    """
-    stats = traverse_util.flatten_dict(state.batch_stats, sep="/")
-    values = {}
-    for prefix, file, model, may_lack in (
-        ("sam", config.model.sam_weights, config.model.sam, (r".*/lora_[qkv]/[ab]",)),
-        ("classifier", config.model.classifier_weights, config.model.classifier, (r"head/.*",)),
-    ):
-        if file:
-            normalise = config.input.normalise if prefix == "sam" else None
-            weights = load_weights(file, prefix, model, normalise)
-            leaves = state.trainable | state.frozen | stats
-            values |= fill(leaves, weights, prefix, source=file, may_lack=may_lack)
-
-    def replaced(leaves: dict) -> dict:
-        return {
-            path: place_whole(values[path], leaf.sharding) if path in values else leaf
-            for path, leaf in leaves.items()
-        }
-
-    return state.replace(
-        trainable=replaced(state.trainable),
-        teacher=replaced(state.teacher),
-        frozen=replaced(state.frozen),
-        batch_stats=traverse_util.unflatten_dict(replaced(stats), sep="/"),
     )
 
 

@@ -20,13 +20,14 @@ from convert.hf_rules import HUGGING_FACE, _model_config
 from convert.sam import convert
 from convert.sam_rules import OFFICIAL, sam_shapes
 from sammix_jax.config_files import claim_workdir, load_config
-from sammix_jax.inference import load_model
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.systems.sam_mix import SamMixSystem
 from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.optim import make_optimiser
-from sammix_jax.training.step import load_pretrained, make_init
+from sammix_jax.training.start import load_pretrained
+from sammix_jax.training.step import make_init
+from sammix_jax.training.trained import load_model
 from sammix_jax.weights import IMAGE_KEYS, read_weights, write_weights
 
 pytestmark = pytest.mark.torch

@@ -12,13 +12,13 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import evaluate
 from sammix_jax.evaluation import report
-from sammix_jax.inference import load_model
 from sammix_jax.predict import predict
 from sammix_jax.prepare import prepare
 from sammix_jax.systems.named import make_system
 from sammix_jax.train import train
 from sammix_jax.training.log import read_log
 from sammix_jax.training.step import make_init
+from sammix_jax.training.trained import load_model
 from sammix_jax.weights import write_weights
 
 
