@@ -60,9 +60,6 @@ def row_folder(folder: pathlib.Path, variant: str, count: int, seed: int) -> pat
 def finished_rows(config_of, folder: pathlib.Path) -> list[Row]:
     """All rows in the folder that are trained and scored in both domains, by whichever run.
 
-    One that was scored otherwise since in a domain, as with `evaluate.component=largest`, counts as
-    not scored there: what a record keeps of it stays.
-
     Raises:
       UserError: one was made with other settings than `config_of` says.
     """

@@ -17,10 +17,8 @@ from sammix_jax.config import default_config
 
 def get_config():
     # Without a value: as the workdir has it, unless an option of the command line says otherwise.
-    fields = {
-        name: config_dict.placeholder(type(value))
-        for name, value in default_config().evaluate.items()
-    }
+    evaluate = default_config().evaluate
+    fields = {name: config_dict.placeholder(evaluate.get_type(name)) for name in evaluate}
     config = ml_collections.ConfigDict({"evaluate": fields})
     config.evaluate.scans = 20
     config.evaluate.seed = 0

@@ -149,6 +149,7 @@ def default_config() -> ml_collections.ConfigDict:
     evaluate.part = "test"  # train, val or test
     evaluate.root = ""  # evaluate every labelled scan of this folder instead
     evaluate.label_values = ()  # of that folder's label files; () takes the layout's
+    evaluate.ignore_value = config_dict.placeholder(int)  # of them too, as data.ignore_value
     evaluate.scans = 0  # how many of them that show the organ, drawn by seed (S: 20); 0 takes all
     evaluate.seed = 0
     evaluate.protocols = ("cam", "gt_box", "none")

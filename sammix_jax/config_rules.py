@@ -285,6 +285,8 @@ def check_weight_files(config) -> None:
     start = config.model.start_from
     if start and not (as_path(start) / "checkpoints").is_dir():
         raise UserError(f"model.start_from={start}: no checkpoints there; give a trained workdir.")
+    if start:  # in place of the files
+        return
     for field in ("model.sam_weights", "model.classifier_weights"):
         file = _get(config, field)
         if file and not as_path(file).is_file():

@@ -94,7 +94,7 @@ def predict_slices(
 
     parts = []
     starts = range(0, len(hu), batch)
-    hidden = hosts.hides_progress() or not shown
+    hidden = hosts.hides_progress() if shown else True
     for start in tqdm(starts, desc=shown, unit="batch", leave=False, disable=hidden):
         count = min(batch, len(hu) - start)
         chunk = slice(start, start + batch)

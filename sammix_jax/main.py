@@ -35,9 +35,10 @@ flags.adopt_module_key_flags(options)  # so that --help tells of them
 # A disk or a quota that is full, or a folder that may only be read.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _OUT_OF_MEMORY = (
-    "Less is needed with --config.evaluate.batch, of which a run may change, for scoring and "
-    "predicting; for training, in a new workdir, with model.dtype=bfloat16, model.remat=blocks, "
-    "train.accumulate or mesh.fsdp: --mode=plan tells before what a step takes."
+    "A smaller --config.evaluate.batch lessens what validating, scoring and predicting take, and a "
+    "larger mesh.fsdp what training does, both when a run goes on too; model.dtype=bfloat16, "
+    "model.remat=blocks and train.accumulate need a new workdir. --mode=plan tells before what a "
+    "step takes."
 )
 
 

@@ -62,11 +62,12 @@ def predict(config, workdir, source, target, skip_existing: bool = False) -> lis
     """
     pairs = every = _pairs(as_path(source), as_path(target))
     if skip_existing:
-        pairs = [(scan, mask) for scan, mask in every if not mask.exists()]
+        # Masks may lie on the first process's disk alone.
+        pairs = [pair for pair in every if not hosts.any_process(pair[1].exists())]
         there = len(every) - len(pairs)
         _LOG.info("%d of %d masks are there already, and stay", there, len(every))
     hosts.on_first(lambda: _check_places([mask for _, mask in pairs]))
-    _tell_of_other_scans(config, workdir)
+    _tell_of_other_scans(config, workdir, [scan for scan, _ in pairs])
     system, variables, _ = load_model(config, workdir)
     if system.headline in ORACLES:
         raise UserError(
@@ -78,7 +79,7 @@ def predict(config, workdir, source, target, skip_existing: bool = False) -> lis
         volumes.read_volume, default_orientation=config.data.default_orientation
     )
     predictions, faults = [], []
-    hidden = hosts.hides_progress() or len(pairs) == 1
+    hidden = True if len(pairs) == 1 else hosts.hides_progress()
     for scan, mask_path in tqdm(pairs, desc="predict", unit="scan", disable=hidden):
         # All processes predict a scan, or none.
         volume, fault = hosts.for_all(functools.partial(read_volume, scan), scan)
@@ -99,8 +100,10 @@ def predict(config, workdir, source, target, skip_existing: bool = False) -> lis
     return predictions
 
 
-def _tell_of_other_scans(config, workdir) -> None:
+def _tell_of_other_scans(config, workdir, scans: list[Path]) -> None:
     data = config.data
+    if all(is_hdf5(scan) for scan in scans):  # the authors' own form: cut already, and as it lies
+        return
     if (data.central_fraction, tuple(data.slice_range)) != (1.0, (0.0, 1.0)):
         _LOG.warning(
             "%s was trained on a part of each scan's slices (data.central_fraction=%s, "
@@ -138,10 +141,9 @@ def _check_places(masks: list[Path]) -> None:
                 f"{overlay.name} beside it knows it"
             )
     if faults:
-        found = faults[0] if len(faults) == 1 else f"files are in the way:{listed(faults)}\n"
         raise UserError(
-            f"{found}; give another place, move the files away, or "
-            "leave their scans out with --skip_existing."
+            "files are in the way: give another place, move them, or leave out the scans that have "
+            f"masks with --skip_existing:{listed(faults)}"
         )
     for folder in {mask.parent for mask in masks if not is_remote(mask)}:
         try:

@@ -56,6 +56,7 @@ TESTED = {
             "data.label_values",
             "data.ignore_value",
             "evaluate.label_values",
+            "evaluate.ignore_value",
         ),
         "test_size_resize_and_central_part_shape_the_store": (
             "data.size",
@@ -294,9 +295,10 @@ def test_organ_and_label_values_choose_the_masks(config, tmp_path, monkeypatch):
         prepare(config, tmp_path)
     assert stopped.value.args[1:] == ("spleen", (3, 4), 9)
     config.evaluate.root, config.evaluate.label_values = "others", (5,)
+    config.evaluate.ignore_value = 6
     with pytest.raises(Stopped) as stopped:
         evaluate(config, tmp_path)
-    assert stopped.value.args[:3] == ("others", "spleen", (5,))
+    assert stopped.value.args[:4] == ("others", "spleen", (5,), 6)
 
 
 class FakeStore:

@@ -211,7 +211,7 @@ app.run(main.main, flags_parser=options.parse)
         ),
         (
             'jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory for 8 bytes.")',
-            "Out of memory for 8 bytes. Less is needed with --config.evaluate.batch",
+            "Out of memory for 8 bytes. A smaller --config.evaluate.batch lessens",
         ),
     ],
     ids=["disk", "memory"],

@@ -40,7 +40,7 @@ def find_scans(
     Args:
       root: a folder in one of the four layouts.
       organ: the structure to segment; must be one that the layout names (HDF5 names none), unless
-        `label_values` say it.
+        `label_values` say it; TotalSegmentator's are files, and must be there.
       label_values: overrides the label values that count as the organ (label files with several).
       ignore_value: overrides that of voxels that nobody annotated.
       field: the config field that named the root, for messages.
@@ -79,8 +79,20 @@ def find_scans(
             )
         scans = [dataclasses.replace(s, label_values=values, known_values=()) for s in scans]
     if ignore_value is not None:
-        scans = [dataclasses.replace(s, ignore_value=ignore_value) for s in scans]
+        scans = [_ignoring(scan, ignore_value, field) for scan in scans]
     return sorted(scans, key=lambda s: natural(s.name))
+
+
+def _ignoring(scan: Scan, value: int, field: str) -> Scan:
+    named = f"{field.replace('root', 'ignore_value')}={value}"
+    if hdf5.is_hdf5(scan.image):
+        raise UserError(f"{named}: HDF5 files are annotated throughout; leave the field empty.")
+    if value in scan.label_values:
+        raise UserError(
+            f"{named}: is among the values of the organ, {scan.label_values}; name the others with "
+            f"{field.replace('root', 'label_values')}."
+        )
+    return dataclasses.replace(scan, ignore_value=value)
 
 
 def _find_lits(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:

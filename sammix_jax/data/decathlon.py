@@ -11,6 +11,8 @@ from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
+# By which nnU-Net lets a channel's name choose how it is normalised; they tell of no modality.
+SCHEMES = ("nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1")
 # A lesion drawn with a label of its own still belongs to the organ it lies in (LiTS, Task03).
 LIVER_LESION = re.compile(r"(?:liver|hepatic)?[ _-]?(?:cancer|tumou?r|lesion)s?")
 
@@ -55,7 +57,7 @@ def find_decathlon(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]
 
 
 def _find_decathlon_tests(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
-    """The scans of imagesTs with their masks in labelsTs, which no training reads."""
+    """The scans of imagesTs with their masks in labelsTs; as unlabelled ones they have none."""
     labels = by_name(find_in(root / "labelsTs", "*"), str)
     files = [p for p in find_in(root / "imagesTs", "*") if not p.name.startswith(".")]
     images = by_name(files, _case_name if _numbers_channels(files, labels) else str)
@@ -87,6 +89,8 @@ def _decathlon_values(
     """By dataset.json in either form: the organ's label values unless they are `given`, all values
     but that of voxels to ignore, and the latter."""
     path = root / "dataset.json"
+    if given and not path.exists():
+        return given, (), None
     if not path.exists():
         raise UserError(
             f"{path}: no such file, so the label value of data.organ={organ} is unknown; add it, "
@@ -140,7 +144,7 @@ def _decathlon_values(
 def _tell_of_other_modalities(path: Path, fields: dict) -> None:
     channels = fields.get("channel_names", fields.get("modality", {}))
     names = channels.values() if isinstance(channels, dict) else [channels]
-    others = sorted(str(name) for name in names if str(name).lower() not in ("ct", "noname"))
+    others = sorted(str(name) for name in names if str(name).lower() not in ("ct", *SCHEMES))
     if others:
         _LOG.warning(
             "%s: scans of %s, not CT. Their values are taken for Hounsfield units, and all beyond "

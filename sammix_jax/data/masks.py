@@ -113,7 +113,7 @@ def read_annotation(
             f"{path}: the mask holds the values {np.unique(voxels[~known])[:5].tolist()}, expected "
             f"{known_values} with {label_values} for the organ; relabel the mask, which must be "
             "annotated throughout, or name the organ's values with label_values, and the value of "
-            "voxels that nobody annotated with data.ignore_value."
+            "voxels that nobody annotated with ignore_value."
         )
     organ = _is_any(voxels, label_values)
     return Annotation(

@@ -85,19 +85,25 @@ def patient_of(name: str, pattern: str) -> str:
     """
     if not pattern:
         return name
-    match = re.search(pattern, name)
-    found = (match.groups() if match.re.groups else (match[0],)) if match else ()
-    if not any(found):
+    found = _found(name, pattern)
+    if not found:
         raise UserError(
             f"data.patient={pattern}: finds nothing in the scan's name {name}; give a pattern that "
             "finds the patient in every name."
         )
-    return next(part for part in found if part)
+    return found
 
 
 def whose(name: str, pattern: str) -> str:
     """`patient_of`; in another data set the pattern may find nothing, and a scan is a patient."""
-    return patient_of(name, pattern) if re.search(pattern, name) else name
+    return _found(name, pattern) or name if pattern else name
+
+
+def _found(name: str, pattern: str) -> str:
+    """What a pattern finds, or the first of its groups that finds something; "" where nothing."""
+    match = re.search(pattern, name)
+    parts = (match.groups() if match.re.groups else (match[0],)) if match else ()
+    return next((part for part in parts if part), "")
 
 
 def taught_scans(names: Iterable[str], split: Split, pattern: str) -> tuple[str, ...]:

@@ -96,7 +96,11 @@ def scans_to_score(config, workdir) -> tuple[list[datasets.Scan], list[str]]:
 def _other_scans(config) -> tuple[list[datasets.Scan], list[str]]:
     settings = config.evaluate
     found = datasets.find_scans(
-        settings.root, config.data.organ, tuple(settings.label_values), field="evaluate.root"
+        settings.root,
+        config.data.organ,
+        tuple(settings.label_values),
+        settings.ignore_value,
+        field="evaluate.root",
     )
     scans = [scan for scan in found if scan.label]
     if not scans:

@@ -52,9 +52,10 @@ def pretrain(config, workdir) -> Path:
         ("train.accumulate", config.train.accumulate, 1),
         ("train.classifier_warmup_steps", config.train.classifier_warmup_steps, 0),
         ("consistency.weight", config.consistency.weight, 0),
+        ("model.start_from", config.model.start_from, ""),
     ):
         if found != expected:
-            raise UserError(f"{field}={found}: expected {expected}; pretraining has no such thing.")
+            raise UserError(f"{field}={found}: expected {expected!r}; pretraining has none.")
     if not 0 < config.train.steps >= config.pretrain.coarse_steps:
         raise UserError(
             f"train.steps={config.train.steps}: expected above 0, and "

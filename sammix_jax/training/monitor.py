@@ -50,8 +50,7 @@ def refuse_not_finite(step: int, metrics: dict[str, jax.Array], paths: Sequence[
         culprits += bad[:_NAMED] + more
     raise UserError(
         f"step {step}: {', '.join(culprits)} is not finite; what was saved before is sound. Lower "
-        "train.learning_rate, or set train.clip_norm, in a new workdir, which may start from this "
-        "one's model (model.start_from)."
+        "train.learning_rate, or set train.clip_norm, in a new workdir."
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from flax import traverse_util
 
 from sammix_jax import hosts
+from sammix_jax.config import default_config
 from sammix_jax.config_files import differing_fields, load_config, preprocessing
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.split_files import IMAGES, training_scans
@@ -56,7 +57,8 @@ def begun_from(config) -> dict:
     workdir = config.model.start_from
     if not workdir:
         return digests(config)
-    begun = {"model.start_from": f"step {best_step(workdir)} of {workdir}"}
+    files = dict.fromkeys(digests(default_config()), "")  # which are not read
+    begun = files | {"model.start_from": f"step {best_step(workdir)} of {workdir}"}
     if not (as_path(workdir) / IMAGES).exists():
         _LOG.warning(
             "model.start_from=%s: has no %s, so nobody can tell which scans trained that model; "
@@ -64,16 +66,10 @@ def begun_from(config) -> dict:
             workdir,
             IMAGES,
         )
-        return digests(config) | begun
+        return begun
     scans = training_scans(load_config(workdir), workdir)
-    return (
-        digests(config)
-        | begun
-        | {
-            "trained_on": sorted(scans.digests),
-            "chose": sorted(scans.chose),
-        }
-    )
+    begun |= {"trained_on": sorted(scans.digests), "chose": sorted(scans.chose)}
+    return begun
 
 
 def _of_files(leaves: dict, config) -> dict[str, np.ndarray]:
@@ -92,9 +88,13 @@ def _of_files(leaves: dict, config) -> dict[str, np.ndarray]:
 def _of_workdir(leaves: dict, config) -> dict[str, np.ndarray]:
     workdir = config.model.start_from
     begun = load_config(workdir)
-    inputs = (preprocessing(json.loads(c.to_json())) for c in (begun, config))
-    if differing := differing_fields(*inputs):
-        _LOG.warning("model.start_from=%s: trained with %s", workdir, ", ".join(differing))
+    if differing := differing_fields(*(_of_slices(c) for c in (begun, config))):
+        _LOG.warning(
+            "model.start_from=%s: trained with %s. Scans are known by their slices, so those that "
+            "trained it may not be known again.",
+            workdir,
+            ", ".join(differing),
+        )
     variables = hosts.to_host(load_model(begun, workdir).variables)
     kept = {
         path: leaf
@@ -110,3 +110,9 @@ def _of_workdir(leaves: dict, config) -> dict[str, np.ndarray]:
         }
         values |= fill(leaves, below, prefix, source=workdir, may_lack=(LORA,))
     return values
+
+
+def _of_slices(config) -> dict:
+    """How slices become the network's input, and which of a scan's there are."""
+    kept = {f"data.{name}": config.data[name] for name in ("central_fraction", "slice_range")}
+    return preprocessing(json.loads(config.to_json())) | kept

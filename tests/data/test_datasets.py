@@ -127,6 +127,8 @@ def test_label_values_can_be_given(tmp_path):
         tmp_path, "spleen", (7,), 255
     )  # a name that no layout has to know
     assert scan.label_values == (7,) and scan.known_values == () and scan.ignore_value == 255
+    touch(tmp_path / "other", "imagesTr/a.nii.gz", "labelsTr/a.nii.gz")  # without dataset.json
+    assert datasets.find_scans(tmp_path / "other", "spleen", (7,))[0].label_values == (7,)
 
 
 def test_label_values_stand_in_for_a_name_of_dataset_json(tmp_path, caplog):
@@ -159,6 +161,7 @@ def test_the_decathlons_test_scans_are_scored_by_their_own_folder(tmp_path):
     [
         ({"channel_names": {"0": "CT"}}, False),
         ({"modality": {"0": "CT"}}, False),
+        ({"channel_names": {"0": "noNorm"}}, False),
         ({"channel_names": {"0": "MRI"}}, True),
         ({"modality": "MRI"}, True),
         ({}, False),

@@ -72,6 +72,8 @@ def test_a_folder_of_them(authors, tmp_path):
     assert all(s.image == s.label for s in scans)
     with pytest.raises(UserError, match=r"evaluate\.label_values=\(2,\): .* empty"):
         datasets.find_scans(tmp_path / "scans", "liver", (2,), field="evaluate.root")
+    with pytest.raises(UserError, match=r"evaluate\.ignore_value=3: HDF5 files are annotated thr"):
+        datasets.find_scans(tmp_path / "scans", "liver", (), 3, field="evaluate.root")
 
 
 def test_a_store_of_them_holds_every_slice_and_its_label(authors, config, tmp_path):

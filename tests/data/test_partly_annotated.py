@@ -65,7 +65,10 @@ def test_any_layout_may_have_a_value_to_ignore(config, tmp_path):
         image.rename(lits / f"volume-{number}.nii.gz")
         label.rename(lits / f"segmentation-{number}.nii.gz")
     config.data.root = str(lits)
-    with pytest.raises(UserError, match=r"holds the values \[255\].*annotated with data\.ignore"):
+    with pytest.raises(UserError, match=r"holds the values \[255\].*annotated with ignore_v"):
+        prepare(config, tmp_path)
+    config.data.ignore_value = 2  # which LiTS has for tumours
+    with pytest.raises(UserError, match=r"data\.ignore_value=2: is among .*\(1, 2\); name the oth"):
         prepare(config, tmp_path)
     config.data.ignore_value = IGNORE
     store = prepare(config, tmp_path)

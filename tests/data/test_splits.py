@@ -15,7 +15,7 @@ from sammix_jax.data.split_files import (
     load_or_draw,
     training_scans,
 )
-from sammix_jax.data.splits import PARTS, draw_labelled_slices, split_scans
+from sammix_jax.data.splits import PARTS, draw_labelled_slices, split_scans, whose
 from sammix_jax.errors import UserError
 from sammix_jax.train import slices_without_masks
 
@@ -105,6 +105,11 @@ def test_a_patients_scans_stay_together(tmp_path, config):
     config.data.labelled_slices, config.data.patient = 1, "volume"
     with pytest.raises(UserError, match="scans of volume stand in train and in val"):
         load_or_draw(config, store, tmp_path / "run")
+
+
+def test_in_another_data_set_a_pattern_may_find_nothing():
+    assert whose("p07_portal", "^p[0-9]+") == "p07" and whose("case", "^p[0-9]+") == "case"
+    assert whose("case", "([0-9]*)") == "case"  # which matches nothing at all
 
 
 def test_a_ratio_of_fractions():

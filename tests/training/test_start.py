@@ -29,14 +29,16 @@ def start(workdir, config, tmp_path):
 
 
 def test_it_has_the_trained_model_and_knows_its_scans(workdir, start, tmp_path, caplog):
-    start.input.window = (-100.0, 200.0)
+    start.input.window, start.model.sam_weights = (-100.0, 200.0), "not read"
+    check_weight_files(start)
     run = tmp_path / "run"
     train(start, run, SliceStore.open(workdir / "store"))
-    assert "trained with input.window=[-160.0, 240.0] (now [-100.0, 200.0])" in caplog.text
+    assert "trained with input.window=[-160.0, 240.0] (now [-100.0, 200.0]). Scans" in caplog.text
     before, after = (load_model(load_config(place), place).variables for place in (workdir, run))
     jax.tree.map(np.testing.assert_array_equal, before, after)
     begun = read_json(run / BEGUN_FROM)
     assert begun["model.start_from"] == f"step {best_step(workdir)} of {workdir}"
+    assert begun["model.sam_weights"] == begun["model.classifier_weights"] == ""
     known, own = training_scans(start, run), training_scans(load_config(workdir), workdir)
     assert known.digests > own.digests and known.chose > own.chose
 
