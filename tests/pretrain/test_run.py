@@ -73,7 +73,12 @@ def test_prompts_that_a_scene_cannot_have(config, tmp_path, prompts):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("train.accumulate", 2), ("train.classifier_warmup_steps", 3), ("consistency.weight", 1.0)],
+    [
+        ("train.accumulate", 2),
+        ("train.classifier_warmup_steps", 3),
+        ("consistency.weight", 1.0),
+        ("model.start_from", "runs/a"),
+    ],
 )
 def test_what_pretraining_does_not_know_is_refused(config, tmp_path, field, value):
     config.update_from_flattened_dict({field: value})
