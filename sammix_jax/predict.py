@@ -66,6 +66,8 @@ def predict(config, workdir, source, target, skip_existing: bool = False) -> lis
         pairs = [pair for pair in every if not hosts.any_process(pair[1].exists())]
         there = len(every) - len(pairs)
         _LOG.info("%d of %d masks are there already, and stay", there, len(every))
+        if not pairs:
+            return []
     hosts.on_first(lambda: _check_places([mask for _, mask in pairs]))
     _tell_of_other_scans(config, workdir, [scan for scan, _ in pairs])
     system, variables, _ = load_model(config, workdir)

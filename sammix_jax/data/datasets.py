@@ -101,7 +101,7 @@ def _find_lits(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
         find_below(root, "segmentation-*.nii*"), lambda s: s.removeprefix("segmentation-")
     )
     if not images and not labels:
-        return []  # scans without any mask are no data set
+        return []  # test volumes alone are no data set
     values = given or LITS_ORGANS.get(organ)
     if not values:
         raise UserError(
