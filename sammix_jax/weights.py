@@ -73,12 +73,14 @@ def read_weights(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def digests(config) -> dict[str, str]:
-    """`sha256` of the files that a run begins from, by field; "" where the config names none."""
+    """`sha256` of the files that a run begins from, by field; "" where the config names none, or
+    `model.start_from` takes their place."""
     files = {
         "model.sam_weights": config.model.sam_weights,
         "model.classifier_weights": config.model.classifier_weights,
     }
-    return {field: sha256(path) if path else "" for field, path in files.items()}
+    read = not config.model.start_from
+    return {field: sha256(path) if path and read else "" for field, path in files.items()}
 
 
 def write_weights(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

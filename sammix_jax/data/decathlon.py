@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 
 from sammix_jax.data.files import read_json
 from sammix_jax.data.nifti import stem
@@ -32,15 +33,7 @@ def find_decathlon(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]
         return _find_decathlon_tests(root.parent, organ, given)
     if not (root / "imagesTr").is_dir():
         return []
-    labels = by_name(find_in(root / "labelsTr", "*"), str)
-    files = [p for p in find_in(root / "imagesTr", "*") if not p.name.startswith(".")]
-    case_name = _case_name if _numbers_channels(files, labels) else str
-    images = by_name(files, case_name)
-    if files and not images:
-        raise UserError(
-            f"{files[0]}: expected NIfTI files (.nii or .nii.gz) in imagesTr; convert what is "
-            "there (SimpleITK reads and writes most formats)."
-        )
+    images, labels, case_name = _pairs(root, "Tr")
     unlabelled = by_name(find_in(root / "imagesTs", "*"), case_name)
     values, known, ignore = (
         _decathlon_values(root, organ.lower(), given) if labels else ((1,), (), None)
@@ -58,12 +51,24 @@ def find_decathlon(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]
 
 def _find_decathlon_tests(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
     """The scans of imagesTs with their masks in labelsTs; as unlabelled ones they have none."""
-    labels = by_name(find_in(root / "labelsTs", "*"), str)
-    files = [p for p in find_in(root / "imagesTs", "*") if not p.name.startswith(".")]
-    images = by_name(files, _case_name if _numbers_channels(files, labels) else str)
+    images, labels, _ = _pairs(root, "Ts")
     refuse_orphans(images, labels, "imagesTs/{}.nii.gz")
     values = _decathlon_values(root, organ.lower(), given)
     return [Scan(key, path, labels.get(key), *values) for key, path in images.items()]
+
+
+def _pairs(root: Path, part: str) -> tuple[dict[str, Path], dict[str, Path], Callable[[str], str]]:
+    """Images and masks of a part, Tr or Ts, by case; and how a file's name tells its case."""
+    labels = by_name(find_in(root / f"labels{part}", "*"), str)
+    files = [p for p in find_in(root / f"images{part}", "*") if not p.name.startswith(".")]
+    case_name = _case_name if _numbers_channels(files, labels) else str
+    images = by_name(files, case_name)
+    if files and not images:
+        raise UserError(
+            f"{files[0]}: expected NIfTI files (.nii or .nii.gz) in images{part}; convert what is "
+            "there (SimpleITK reads and writes most formats)."
+        )
+    return images, labels, case_name
 
 
 def _numbers_channels(files: list[Path], labels: dict) -> bool:
@@ -89,9 +94,9 @@ def _decathlon_values(
     """By dataset.json in either form: the organ's label values unless they are `given`, all values
     but that of voxels to ignore, and the latter."""
     path = root / "dataset.json"
-    if given and not path.exists():
-        return given, (), None
     if not path.exists():
+        if given:
+            return given, (), None
         raise UserError(
             f"{path}: no such file, so the label value of data.organ={organ} is unknown; add it, "
             'as {"labels": {"background": 0, "' + organ + '": 1}}.'

@@ -7,7 +7,6 @@ import numpy as np
 from flax import traverse_util
 
 from sammix_jax import hosts
-from sammix_jax.config import default_config
 from sammix_jax.config_files import differing_fields, load_config, preprocessing
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.split_files import IMAGES, training_scans
@@ -57,8 +56,7 @@ def begun_from(config) -> dict:
     workdir = config.model.start_from
     if not workdir:
         return digests(config)
-    files = dict.fromkeys(digests(default_config()), "")  # which are not read
-    begun = files | {"model.start_from": f"step {best_step(workdir)} of {workdir}"}
+    begun = digests(config) | {"model.start_from": f"step {best_step(workdir)} of {workdir}"}
     if not (as_path(workdir) / IMAGES).exists():
         _LOG.warning(
             "model.start_from=%s: has no %s, so nobody can tell which scans trained that model; "
