@@ -44,15 +44,15 @@ parity: $(VENV)/parity
 	$(BIN)/python -m pytest -m torch $(PARALLEL) tests
 
 bench: $(VENV)/parity
-	$(BIN)/python -m benchmarks.encoder --rounds 2 --repeats 3
-	$(BIN)/python -m benchmarks.train_step --rounds 2 --repeats 3
-	$(BIN)/python -m benchmarks.input_pipeline
+	$(BIN)/python -m benchmarks.speed.encoder --rounds 2 --repeats 3
+	$(BIN)/python -m benchmarks.speed.train_step --rounds 2 --repeats 3
+	$(BIN)/python -m benchmarks.speed.input_pipeline
 
 bench-paper: $(VENV)/core
-	$(BIN)/python -m benchmarks.paper --workdir=runs/paper $(ARGS)
+	$(BIN)/python -m benchmarks.accuracy.paper --workdir=runs/paper $(ARGS)
 
 bench-labels: $(VENV)/core
-	$(BIN)/python -m benchmarks.labels --workdir=runs/labels
+	$(BIN)/python -m benchmarks.accuracy.labels --workdir=runs/labels
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -12,12 +12,12 @@ Labels    K counts the training masks alone: all slices of the 15 patients that 
 Model     slices of 128 pixels; SAM is the mini of weights/, pretrained on drawn shapes, which takes
           them at 256, as SAM takes CT at twice its side
 Budget    SAM-Mix a tenth of the steps of the baselines, as in the paper; --share of
-          benchmarks/paper.py gives the baselines less
+          benchmarks/accuracy/paper.py gives the baselines less
 Expected  docs/results.md
 
-benchmarks/paper_tuning.py chooses learning rate and augmentation on validation patients (docs/
-results.md has what it found) of U-Net, TransU-Net, MultiMix and SAM-Mix; SAMed's LoRA form has the
-rate of SAM-Mix's, the others have their configs' own.
+benchmarks/accuracy/paper_tuning.py chooses learning rate and augmentation on validation patients
+(docs/results.md has what it found) of U-Net, TransU-Net, MultiMix and SAM-Mix; SAMed's LoRA form
+has the rate of SAM-Mix's, the others have their configs' own.
 """
 
 from configs import labels, quickstart

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from benchmarks import gpu
+from benchmarks.speed import gpu
 from sammix_jax.flops import count_flops
 from sammix_jax.models.sam import VARIANTS
 from sammix_jax.models.sam.image_encoder import ImageEncoder

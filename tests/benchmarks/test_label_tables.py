@@ -6,8 +6,8 @@ import math
 import pytest
 from matplotlib.image import imread
 
-from benchmarks.cells import Row, write_cells
-from benchmarks.label_tables import DIAGNOSTICS, NAMES, label_cells, markdown, plot
+from benchmarks.accuracy.cells import Row, write_cells
+from benchmarks.accuracy.label_tables import DIAGNOSTICS, NAMES, label_cells, markdown, plot
 from configs.labels import VARIANTS
 from sammix_jax.data.files import write_json
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import labels, rows
+from benchmarks.accuracy import labels, rows
 from configs.labels import VARIANTS
 from sammix_jax.config_files import claim_workdir
 from sammix_jax.data.files import write_json

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import pytest
 from matplotlib.image import imread
 
-from benchmarks import paper, paper_tuning
-from benchmarks.cells import Row, Score
-from benchmarks.paper_record import (
+from benchmarks.accuracy import paper, paper_tuning
+from benchmarks.accuracy.cells import Row, Score
+from benchmarks.accuracy.paper_record import (
     DIGITS,
     METRICS,
     Record,
@@ -22,7 +22,7 @@ from benchmarks.paper_record import (
     records_of,
     write_records,
 )
-from benchmarks.paper_tables import (
+from benchmarks.accuracy.paper_tables import (
     NAMES,
     best_baseline,
     headline,
@@ -30,7 +30,7 @@ from benchmarks.paper_tables import (
     paper_cells,
     plot_steps,
 )
-from benchmarks.rows import DOMAINS
+from benchmarks.accuracy.rows import DOMAINS
 from configs import pretrain_mini
 from configs.paper import BASELINE_STEPS, BASELINES, STEPS, SYSTEMS, get_config
 from configs.quickstart import STARTS

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from benchmarks import side_by_side
-from benchmarks.input_pipeline import bytes_per_slice, make_batches, make_store
-from benchmarks.train_step import STEPS
+from benchmarks.speed import side_by_side
+from benchmarks.speed.input_pipeline import bytes_per_slice, make_batches, make_store
+from benchmarks.speed.train_step import STEPS
 
 RESULTS = {
     "pytorch": [

@@ -12,8 +12,8 @@ from flax import traverse_util
 from sam_cases import TINY
 
 torch = pytest.importorskip("torch", reason="parity needs torch (requirements/parity.txt)")
-from benchmarks import torch_sam, torch_sam_mix
-from benchmarks.torch_resnet38 import ResNet38
+from benchmarks.speed import torch_sam, torch_sam_mix
+from benchmarks.speed.torch_resnet38 import ResNet38
 
 try:
     torch_sam.modeling()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from benchmarks import zero_shot
+from benchmarks.accuracy import zero_shot
 from sammix_jax.data.phantom import DOMAINS, write_totalsegmentator
 from sammix_jax.pretrain.score import prompted
 

@@ -8,7 +8,7 @@ from flax import traverse_util
 try:
     import torch
 
-    from benchmarks import torch_sam
+    from benchmarks.speed import torch_sam
 except ImportError:  # the parity tests skip themselves then
     torch = None
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from benchmarks.zero_shot import organ_slices, variables_of, whole_box_ious
+from benchmarks.accuracy.zero_shot import organ_slices, variables_of, whole_box_ious
 from configs import pretrain_mini, quickstart
 from sammix_jax.data.phantom import DOMAINS, write_totalsegmentator
 from sammix_jax.models.sam.sam import Sam, count_parameters

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
 
-from benchmarks.torch_resnet38 import ResNet38
-from benchmarks.torch_sam import add_lora, build_sam, fuse_attention
+from benchmarks.speed.torch_resnet38 import ResNet38
+from benchmarks.speed.torch_sam import add_lora, build_sam, fuse_attention
 from sammix_jax.models.sam import VARIANTS, SamVariant
 
 VARIANT = "vit_b"

@@ -1,6 +1,6 @@
 """Memory of the train step by SAM, size and chip, from programs compiled ahead of time.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.scaling --topologies v5e:2x4 --sams vit_b --sides 1024
+    JAX_PLATFORMS=cpu python -m benchmarks.speed.scaling --topologies v5e:2x4 --sides 1024
 
 One labelled and one other slice on each chip, `configs/lits.py:standard` with bfloat16 and blocks
 recomputed. No TPU is needed, but its compiler: requirements/tpu.txt, in an environment of its own.

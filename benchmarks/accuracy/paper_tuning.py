@@ -1,6 +1,6 @@
 """Each system's learning rate and augmentation, chosen on validation patients.
 
-    python -m benchmarks.paper_tuning --systems unet samed --share 0.1
+    python -m benchmarks.accuracy.paper_tuning --systems unet samed --share 0.1
 
 Trains on 50 labelled slices of seed 100, which no row of the comparison uses, baselines for a part
 of their budget: with each learning rate, then at the best of them with the augmentation turned
@@ -15,8 +15,8 @@ import sys
 
 import jax
 
-from benchmarks.paper import row_config
-from benchmarks.rows import make_portal
+from benchmarks.accuracy.paper import row_config
+from benchmarks.accuracy.rows import make_portal
 from configs import paper
 from sammix_jax import prepare, train
 from sammix_jax.compilation import cache_compilations

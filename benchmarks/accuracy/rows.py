@@ -8,7 +8,7 @@ import time
 
 import jax
 
-from benchmarks.cells import Row
+from benchmarks.accuracy.cells import Row
 from sammix_jax import evaluate, prepare, train
 from sammix_jax.compilation import cache_compilations
 from sammix_jax.config_files import check_workdir

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks import paper_record
-from benchmarks.cells import Cell, Key, cell_text, cells, in_order
-from benchmarks.paper_record import Record
+from benchmarks.accuracy import paper_record
+from benchmarks.accuracy.cells import Cell, Key, cell_text, cells, in_order
+from benchmarks.accuracy.paper_record import Record
 from configs.paper import SYSTEMS, get_config
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation import figures

@@ -1,6 +1,6 @@
 """Label efficiency on the phantom: `configs/labels.py` over variants, numbers of labels and seeds.
 
-    python -m benchmarks.labels --workdir=runs/labels
+    python -m benchmarks.accuracy.labels --workdir=runs/labels
 
 Trains each row and scores it on the six unseen patients of its own domain (portal phase) and on six
 of the second domain (unenhanced, other scanner, other orientation), under the three protocols. All
@@ -18,9 +18,9 @@ import argparse
 import itertools
 import pathlib
 
-from benchmarks.cells import write_cells
-from benchmarks.label_tables import label_cells, markdown, plot
-from benchmarks.rows import DOMAINS, place_row, run_rows
+from benchmarks.accuracy.cells import write_cells
+from benchmarks.accuracy.label_tables import label_cells, markdown, plot
+from benchmarks.accuracy.rows import DOMAINS, place_row, run_rows
 from configs import labels
 from sammix_jax.systems.sam_mix import SamMixSystem
 

@@ -1,6 +1,6 @@
 """How fast batches come out of a slice store, with no model behind them.
 
-    python -m benchmarks.input_pipeline --workdir=runs/input_pipeline
+    python -m benchmarks.speed.input_pipeline --workdir=runs/input_pipeline
 
 Prepares a phantom at 256 × 256 as training would, draws the labelled slices, and takes batches of
 1 + 1 and 8 + 8 slices for some seconds, on one thread, as `prefetch` does. The store has just been

@@ -35,7 +35,7 @@ class SideBySide(NamedTuple):
     """A comparison.
 
     Attributes:
-      module: its name, as in `python -m benchmarks.encoder`.
+      module: its name, as in `python -m benchmarks.speed.encoder`.
       title: what runs, at which batch and precision.
       makers: "pytorch", "jax" and other forms of the latter → `make(side, threads)`, which loads
         weights and returns the function to be timed; that one returns when its work is done.

@@ -1,17 +1,17 @@
 """A training step of SAM-Mix on the CPU: this project beside PyTorch.
 
-    python -m benchmarks.train_step --sides 256 1024 --rounds 3 --repeats 3
+    python -m benchmarks.speed.train_step --sides 256 1024 --rounds 3 --repeats 3
 
 Both take one labelled and one unlabelled int16 slice of 256 × 256 and return when the parameters
 are updated: window, ResNet-38 on both slices, Grad-CAM, mask and box; SAM's vit_b with LoRA at
 `side` on the labelled one; Dice and cross-entropy, gradients, Adam. All is float32 from random
 weights, and nothing is recomputed in the backward pass except what this project's attention does by
 itself, and more with `--ours jax_dots`, which sets `model.remat=dots`. The PyTorch step is
-`benchmarks/torch_sam_mix.py`, from the official modules built for the side; the JAX one is what
+`torch_sam_mix.py`, from the official modules built for the side; the JAX one is what
 `main.py` trains with under configs/lits.py:standard, where SAM's position tables keep their native
 size and are resized in every step.
 
-Processes, cores, threads, repeats and the whole peak are as in `benchmarks/encoder.py`. The rise is
+Processes, cores, threads, repeats and the whole peak are as in `encoder.py`. The rise is
 counted from what is resident when weights and Adam's moments are loaded, in both: initialising a
 state holds more for a moment than the state does.
 
@@ -24,7 +24,7 @@ import functools
 
 import numpy as np
 
-from benchmarks.side_by_side import SideBySide, resident_megabytes, run
+from benchmarks.speed.side_by_side import SideBySide, resident_megabytes, run
 
 SIZE = 256  # of the slices, pixels
 LABELLED = UNLABELLED = 1
@@ -32,7 +32,7 @@ LABELLED = UNLABELLED = 1
 
 def torch_step(side: int, threads: int):
     """Returns PyTorch's step as a function of a batch, weights and moments loaded."""
-    from benchmarks.torch_sam_mix import make_step
+    from benchmarks.speed.torch_sam_mix import make_step
 
     return make_step(side, threads)
 
@@ -101,7 +101,7 @@ def make_batch(
 
 
 STEPS = SideBySide(
-    module="benchmarks.train_step",
+    module="benchmarks.speed.train_step",
     title=f"SAM-Mix training step, vit_b and ResNet-38, batch {LABELLED} + {UNLABELLED}, float32",
     makers={
         "pytorch": torch_step,

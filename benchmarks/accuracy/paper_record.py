@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
 
-from benchmarks.cells import Row, Score, read_scores
+from benchmarks.accuracy.cells import Row, Score, read_scores
 from sammix_jax.data.files import read_json, write_csv
 from sammix_jax.data.split_files import BEGUN_FROM
 from sammix_jax.training.log import read_log

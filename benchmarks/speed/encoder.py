@@ -1,6 +1,6 @@
 """SAM's image encoder on the CPU: this project beside the official PyTorch code.
 
-    python -m benchmarks.encoder --sides 256 512 1024 --rounds 3 --repeats 3
+    python -m benchmarks.speed.encoder --sides 256 512 1024 --rounds 3 --repeats 3
 
 Every measurement runs in a process of its own, PyTorch and JAX in turn, on the same cores, with
 as many threads as cores, the same glibc arena setting and the same input. Both encoders are vit_b
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.side_by_side import SideBySide, run
+from benchmarks.speed.side_by_side import SideBySide, run
 
 VARIANT = "vit_b"
 
@@ -27,7 +27,7 @@ def torch_encoder(side: int, threads: int):
     """Returns the official encoder as a function of (1, side, side, 3) float32, weights loaded."""
     import torch
 
-    from benchmarks.torch_sam import random_encoder
+    from benchmarks.speed.torch_sam import random_encoder
     from sammix_jax.models.sam import VARIANTS
 
     torch.set_num_threads(threads)
@@ -67,7 +67,7 @@ def make_images(side: int) -> np.ndarray:
 
 
 ENCODERS = SideBySide(
-    module="benchmarks.encoder",
+    module="benchmarks.speed.encoder",
     title=f"{VARIANT} encoder, batch 1, float32",
     makers={"pytorch": torch_encoder, "jax": jax_encoder},
     make_input=make_images,

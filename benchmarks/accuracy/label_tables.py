@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
-from benchmarks.cells import (
+from benchmarks.accuracy.cells import (
     Cell,
     Key,
     Row,

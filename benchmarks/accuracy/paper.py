@@ -15,16 +15,16 @@ import pathlib
 import sys
 from collections.abc import Mapping
 
-from benchmarks.cells import write_cells
-from benchmarks.paper_record import Key, Record, read_records, records_of, write_records
-from benchmarks.paper_tables import (
+from benchmarks.accuracy.cells import write_cells
+from benchmarks.accuracy.paper_record import Key, Record, read_records, records_of, write_records
+from benchmarks.accuracy.paper_tables import (
     best_baseline,
     markdown,
     paper_cells,
     plot_labels,
     plot_steps,
 )
-from benchmarks.rows import DOMAINS, place_row, run_rows
+from benchmarks.accuracy.rows import DOMAINS, place_row, run_rows
 from configs import paper
 from sammix_jax.errors import UserError
 

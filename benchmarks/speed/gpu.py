@@ -1,10 +1,10 @@
 """SAM's image encoder and SAM-Mix's training step on one NVIDIA GPU, beside PyTorch, in bfloat16.
 
-    python -m benchmarks.gpu
+    python -m benchmarks.speed.gpu
 
 The encoder is built for its input, weights and images in bfloat16, without gradients. The step is
-that of `benchmarks/train_step.py`: parameters and Adam in float32, the networks in bfloat16, in
-PyTorch by autocast. PyTorch runs in three forms: the official code as it is; the same with
+that of `train_step.py`: parameters and Adam in float32, the networks in bfloat16, in PyTorch by
+autocast. PyTorch runs in three forms: the official code as it is; the same with
 `scaled_dot_product_attention`; and that compiled by `torch.compile` (of the step, both networks).
 
 Each cell is measured in a process of its own, one after another. A program is called once to
@@ -72,7 +72,7 @@ def torch_encoder(form: str, variant: str, side: int) -> Callable[[], None]:
     """A call of PyTorch's encoder on a batch that lies on the GPU."""
     import torch
 
-    from benchmarks.torch_sam import fuse_attention, random_encoder
+    from benchmarks.speed.torch_sam import fuse_attention, random_encoder
 
     encoder = random_encoder(VARIANTS[variant], side)
     if form != "pytorch":
@@ -116,8 +116,8 @@ def jax_encoder(variant: str, side: int) -> Callable[[], object]:
 
 def torch_step(form: str, side: int) -> Callable[[], object]:
     """A training step of PyTorch on a batch that lies in the host's memory."""
-    from benchmarks.torch_sam_mix import make_step
-    from benchmarks.train_step import make_batch
+    from benchmarks.speed.torch_sam_mix import make_step
+    from benchmarks.speed.train_step import make_batch
 
     step = make_step(side, THREADS, "cuda", fused=form != "pytorch", compiled=form == "compiled")
     batch = make_batch(quotas=QUOTAS)
@@ -126,7 +126,7 @@ def torch_step(form: str, side: int) -> Callable[[], object]:
 
 def jax_step(side: int) -> Callable[[], object]:
     """This project's step, as `torch_step` makes it."""
-    from benchmarks.train_step import jax_step, make_batch
+    from benchmarks.speed.train_step import jax_step, make_batch
 
     step = jax_step(side, THREADS, dtype="bfloat16", quotas=QUOTAS)
     batch = make_batch(quotas=QUOTAS)
@@ -191,7 +191,7 @@ def measure(form: str, what: str, side: int) -> dict:
 
 def measure_apart(form: str, what: str, side: int) -> dict | None:
     """`measure` in a fresh process; None where it fails, and the error is shown."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--one", form, what, str(side)]
+    command = [sys.executable, "-m", "benchmarks.speed.gpu", "--one", form, what, str(side)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{form} {what} {side} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)

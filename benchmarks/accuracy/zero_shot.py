@@ -1,8 +1,8 @@
 """How well a SAM answers one box or one point on images of a kind that it was not trained on.
 
-    python -m benchmarks.zero_shot --weights=weights/sam_mini.safetensors
-    python -m benchmarks.zero_shot --weights=… --side=128
-    python -m benchmarks.zero_shot --weights=… --scans=DIR --organs liver spleen
+    python -m benchmarks.accuracy.zero_shot --weights=weights/sam_mini.safetensors
+    python -m benchmarks.accuracy.zero_shot --weights=… --side=128
+    python -m benchmarks.accuracy.zero_shot --weights=… --scans=DIR --organs liver spleen
 
 DIR holds scans as TotalSegmentator has them; without it, phantoms and held-out scenes are made.
 Prompts are drawn from the true mask: its tight box, or its deepest pixel. Of the three masks the
