@@ -8,12 +8,10 @@ architecture is recognised from the shapes. The ImageNet head is left out: the c
 starts from random values.
 """
 
-import sys
-
-import jax
-from absl import app, flags
+from absl import flags
 
 from convert.classifier_rules import CLASSIFIERS
+from convert.program import run
 from convert.rules import recognise
 from convert.sources import caster, foreign, read_tensors
 from sammix_jax.data.files import sha256
@@ -52,31 +50,17 @@ def convert(path, output, dtype: str | None = None) -> str:
     return arch
 
 
-def define_flags() -> None:
-    """Kept out of the module's import: flags are global, and tests import both programs."""
-    flags.DEFINE_string("input", None, "The ImageNet weights, .pth or .safetensors.", required=True)
-    flags.DEFINE_string("output", None, "The file to write, .safetensors.", required=True)
-    flags.DEFINE_enum("dtype", None, DTYPES, "Type to store; the input's without it.")
-
-
-def main(argv) -> int:
-    given = flags.FLAGS
-    jax.config.update("jax_platforms", "cpu")  # a machine's accelerator may be at work
-    try:
-        if len(argv) > 1:
-            raise UserError(f"unexpected arguments {argv[1:]}; every option begins with --")
-        arch = convert(given.input, given.output, given.dtype)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(
+def main(given: flags.FlagValues) -> list[str]:
+    arch = convert(given.input, given.output, given.dtype)
+    return [
         f"{given.output}: {arch}; train with --config.model.classifier={arch} "
         f"--config.model.classifier_weights={given.output} "
         "--config.input.normalise=sam, whose mean and deviation are ImageNet's"
-    )
-    return 0
+    ]
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    flags.DEFINE_string("input", None, "The ImageNet weights, .pth or .safetensors.", required=True)
+    flags.DEFINE_string("output", None, "The file to write, .safetensors.", required=True)
+    flags.DEFINE_enum("dtype", None, DTYPES, "Type to store; the input's without it.")
+    run(main)

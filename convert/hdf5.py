@@ -8,11 +8,10 @@ arithmetic is the authors'. Each scan that is annotated throughout becomes DIR/N
 data.root or an evaluate.root.
 """
 
-import sys
-
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
+from convert.program import run
 from sammix_jax.data import hdf5, paper
 from sammix_jax.data.files import whole_file
 from sammix_jax.data.paths import Path, as_path
@@ -87,26 +86,13 @@ def _check_output(output: Path, names: set[str]) -> None:
         )
 
 
-def define_flags() -> None:
-    """Kept out of the module's import: flags are global, and tests import several programs."""
-    flags.DEFINE_string("input", None, "A slice store, such as WORKDIR/store.", required=True)
-    flags.DEFINE_string("output", None, "The folder to write into.", required=True)
-
-
-def main(argv) -> int:
-    given = flags.FLAGS
-    try:
-        if len(argv) > 1:
-            raise UserError(f"unexpected arguments {argv[1:]}; every option begins with --")
-        written, without = convert(given.input, given.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def main(given: flags.FlagValues) -> list[str]:
+    written, without = convert(given.input, given.output)
     left_out = f", {without} without a whole mask left out" if without else ""
-    print(f"{given.output}: {written} scans{left_out}")
-    return 0
+    return [f"{given.output}: {written} scans{left_out}"]
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    flags.DEFINE_string("input", None, "A slice store, such as WORKDIR/store.", required=True)
+    flags.DEFINE_string("output", None, "The folder to write into.", required=True)
+    run(main)

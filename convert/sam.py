@@ -10,17 +10,15 @@ last. The layout and the variant are recognised from the content.
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import absl.logging
-import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import traverse_util
 
 from convert.hf_rules import HUGGING_FACE, write_folder
+from convert.program import run
 from convert.rules import recognise
 from convert.sam_rules import OFFICIAL, SAM_MODELS, resize_tables, sam_shapes
 from convert.sources import caster, foreign, import_torch, read_metadata, read_tensors, to_torch
@@ -265,12 +263,17 @@ def _write_official(output: Path, arrays: dict[str, np.ndarray]) -> None:
             raise OSError(str(error)) from error
 
 
+def main(given: flags.FlagValues) -> list[str]:
+    variant, notes = convert(given.input, given.output, given.format, given.dtype, given.normalise)
+    return [f"{given.output}: {variant}", *(f"note: {note}" for note in notes)]
+
+
 def define_flags() -> None:
-    """Kept out of the module's import: flags are global, and tests import both programs."""
     flags.DEFINE_string(
         "input", None, "A weight file, Hugging Face folder or WORKDIR.", required=True
     )
     flags.DEFINE_string("output", None, "The file or folder to write.", required=True)
+    flags.DEFINE_enum("dtype", None, DTYPES, "Type to store; the input's without it.")
     forms = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     flags.DEFINE_enum(
         "format",
@@ -278,7 +281,6 @@ def define_flags() -> None:
         list(FORMATS),
         f"{forms}. By default as the output ends: .safetensors, .pth, none.",
     )
-    flags.DEFINE_enum("dtype", None, DTYPES, "Type to store; the input's without it.")
     flags.DEFINE_enum(
         "normalise",
         None,
@@ -287,25 +289,6 @@ def define_flags() -> None:
     )
 
 
-def main(argv) -> int:
-    given = flags.FLAGS
-    jax.config.update("jax_platforms", "cpu")  # a machine's accelerator may be at work
-    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells of every file it opens
-    try:
-        if len(argv) > 1:
-            raise UserError(f"unexpected arguments {argv[1:]}; every option begins with --")
-        variant, notes = convert(
-            given.input, given.output, given.format, given.dtype, given.normalise
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{given.output}: {variant}")
-    for note in notes:
-        print(f"note: {note}")
-    return 0
-
-
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    run(main)
