@@ -131,6 +131,27 @@ def write_scan(tmp_path):
 
 
 @pytest.fixture
+def write_hdf5(tmp_path):
+    """Writes a scan as the authors do: six slices, of which the last four are said to show the
+    organ; without masks. `write_hdf5(name)` → its path."""
+    h5py = pytest.importorskip("h5py")
+
+    def write(name):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(path, "w") as file:
+            for n in range(6):
+                group = file.create_group(f"Slice{n}")
+                hu = np.full((256, 256), 40 * n - 100, np.float16)
+                group["Slice"] = (hu + np.float16(3055)) / np.float16(8866)
+                group["Segmentation"] = np.zeros((256, 256), np.float16)
+                group.attrs["ImageLabel"] = int(n > 1)
+        return path
+
+    return write
+
+
+@pytest.fixture
 def toy_config(config, phantoms, monkeypatch):
     """A config whose model is compiled in a moment, on slices that are prepared."""
     monkeypatch.setattr(train, "make_system", lambda c: SamMixSystem(Toy(), c))

@@ -1,4 +1,4 @@
-"""Evaluation on whole scans: three protocols, no truth in `cam`, draws, bad scans."""
+"""Evaluation on whole scans: three protocols, no truth in `cam`, bad scans."""
 
 import csv
 import json
@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from sammix_jax import evaluate as evaluation_module
-from sammix_jax.config import default_config
 from sammix_jax.config_files import load_config
-from sammix_jax.data import datasets, phantom
+from sammix_jax.data import phantom
 from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.split_files import TrainingScans, digest, training_scans
@@ -19,7 +18,6 @@ from sammix_jax.errors import UserError
 from sammix_jax.evaluate import IncompleteEvaluation, evaluate
 from sammix_jax.evaluation import results as results_module
 from sammix_jax.evaluation.results import results_folder, saved_results
-from sammix_jax.evaluation.scans import draw_scans, read_labelled
 from sammix_jax.predict import predict
 
 
@@ -255,100 +253,12 @@ def test_a_scan_that_was_replaced_since_training_is_not_scored(run, config, othe
         evaluate(config, run)
 
 
-def test_that_hdf5_may_hold_training_scans_is_told(run, config, tmp_path, caplog):
-    write_hdf5(tmp_path / "scans" / "a.h5")
-    write_hdf5(tmp_path / "scans" / "b.h5")
-    config.evaluate.root = str(tmp_path / "scans")
+def test_that_hdf5_may_hold_training_scans_is_told(run, config, write_hdf5, caplog):
+    write_hdf5("scans/a.h5")
+    config.evaluate.root = str(write_hdf5("scans/b.h5").parent)
     config.evaluate.protocols = ("none",)
     assert evaluate(config, run).results["trained_on"] == []
     assert caplog.text.count("trained on NIfTI files and these are HDF5: nobody can tell") == 1
-
-
-@pytest.fixture
-def drawn_from(write_scan, ct):
-    """Eleven scans of which two have a mask without the organ."""
-    for n in range(11):
-        mask = np.zeros(ct.shape, np.uint8)
-        mask[4:9, 4:9, 2:4] = n not in (3, 7)
-        write_scan(f"scans/volume-{n}.nii", ct)
-        label = write_scan(f"scans/segmentation-{n}.nii", mask)
-    config = default_config()
-    config.evaluate.root = str(label.parent)
-    config.evaluate.scans = 4
-    return datasets.find_scans(label.parent, "liver"), config
-
-
-def test_a_draw_is_of_scans_that_show_the_organ(drawn_from):
-    scans, config = drawn_from
-    draws = []
-    for seed in range(8):
-        config.evaluate.seed = seed
-        drawn, faults = draw_scans(scans, config)
-        names = [scan.name for scan in drawn]
-        assert len(set(names)) == 4 and not faults
-        assert names == sorted(names, key=datasets.natural)
-        assert draw_scans(scans[::-1], config)[0] == drawn  # whatever the order on disk
-        draws.append(tuple(names))
-    chosen = {name for names in draws for name in names}
-    assert chosen == {f"volume-{n}" for n in range(11)} - {"volume-3", "volume-7"}
-    assert len(set(draws)) > 4
-
-
-def test_a_draw_of_more_than_there_are(drawn_from):
-    scans, config = drawn_from
-    config.evaluate.scans = 9
-    assert len(draw_scans(scans, config)[0]) == 9
-    config.evaluate.scans = 10
-    with pytest.raises(UserError, match=r"evaluate\.scans=10: only 9 of the 11 labelled scans"):
-        draw_scans(scans, config)
-    scans[0].label.write_bytes(b"no mask")
-    with pytest.raises(UserError, match=r"only 8 of the 11(.|\n)*segmentation-0"):
-        draw_scans(scans, config)
-
-
-def test_a_draw_passes_over_what_cannot_be_read(drawn_from):
-    scans, config = drawn_from
-    config.evaluate.scans = 9
-    scans[0].label.write_bytes(b"no mask")
-    config.evaluate.scans = 8
-    drawn, faults = draw_scans(scans, config)
-    assert "volume-0" not in [scan.name for scan in drawn] and len(drawn) == 8
-    assert len(faults) == 1 and "segmentation-0" in faults[0]
-
-
-def test_kept_slices_are_those_of_preparing(drawn_from):
-    scans, config = drawn_from
-    assert read_labelled(scans[0], config).kept == range(6)
-    config.data.slice_range = (0.5, 1.0)
-    assert read_labelled(scans[0], config).kept == range(3, 6)
-    config.data.slice_range = (0.0, 1.0)
-    config.data.central_fraction = 0.5
-    assert read_labelled(scans[0], config).kept == range(2, 3)
-
-
-def write_hdf5(path):
-    """Six slices, of which the last four are said to show the organ; without masks."""
-    h5py = pytest.importorskip("h5py")
-    path.parent.mkdir(exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for n in range(6):
-            group = file.create_group(f"Slice{n}")
-            hu = np.full((256, 256), 40 * n - 100, np.float16)
-            group["Slice"] = (hu + np.float16(3055)) / np.float16(8866)
-            group["Segmentation"] = np.zeros((256, 256), np.float16)
-            group.attrs["ImageLabel"] = int(n > 1)
-
-
-def test_slices_of_hdf5_are_kept_already(tmp_path):
-    """Files that hold the central slices alone, with image-level labels of their own."""
-    write_hdf5(tmp_path / "a.h5")
-    (scan,) = datasets.find_scans(tmp_path, "liver")
-    config = default_config()
-    config.data.central_fraction = 0.3
-    known = read_labelled(scan, config)
-    assert known.kept == range(6)
-    assert (known.organ_pixels > 0).tolist() == [False, False, True, True, True, True]
-    assert not known.volume.has_spacing
 
 
 def test_refusals(run, config):

@@ -28,6 +28,8 @@ TESTED = {
     "test_evaluate.py": {
         "test_scans_that_trained_the_model_are_named": ("evaluate.part",),
         "test_one_bad_scan_does_not_waste_the_others": ("evaluate.root",),
+    },
+    "evaluation/test_scans.py": {
         "test_a_draw_is_of_scans_that_show_the_organ": ("evaluate.scans", "evaluate.seed"),
     },
     "test_field_effects.py": {
@@ -153,14 +155,16 @@ TESTED = {
     },
     "test_train.py": {
         "test_given_files_are_followed_to_the_end": ("data.split_file", "data.labels_file"),
-        "test_a_frozen_batch_norm_stays": ("model.freeze_batch_norm",),
-        "test_the_papers_mode_trains_lora_decoder_prompts_and_classifier": ("train.trainable",),
         "test_epochs_count_slices_without_masks_and_steps_overrule": (
             "train.epochs",
             "train.steps",
             "train.batch_labelled",
             "train.batch_unlabelled",
         ),
+    },
+    "training/test_step.py": {
+        "test_a_frozen_batch_norm_stays": ("model.freeze_batch_norm",),
+        "test_the_papers_mode_trains_lora_decoder_prompts_and_classifier": ("train.trainable",),
         "test_the_classifier_warms_up_alone": ("train.classifier_warmup_steps",),
     },
     "data/test_splits.py": {"test_a_patients_scans_stay_together": ("data.patient",)},
