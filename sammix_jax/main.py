@@ -50,7 +50,8 @@ def main(argv) -> int:
     hosts.let_sigterm_end()  # until there is something to save
     try:
         hosts.join(options.MULTIHOST.value)
-        if mode not in ("train", "pretrain"):  # of several processes JAX has its own handler
+        # JAX's own handler serves several processes that have something to save, and nobody else.
+        if mode not in ("train", "pretrain") or jax.process_count() == 1:
             hosts.let_sigterm_end()
         if not hosts.is_first():  # which alone speaks to the user, but for errors
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 — for the rest of the process

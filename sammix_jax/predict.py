@@ -159,11 +159,14 @@ def _check_places(masks: list[Path]) -> None:
 
 
 def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Prediction:
-    # First, for `_check_places` knows a mask of this program by it.
     overlay = _overlay(mask_path)
-    shown = figures.overlay(volume, mask, config.input.window)
-    figures.save(shown, overlay, {MASK_DIGEST: _digest(file_voxels(mask, volume))})
-    write_mask(mask_path, mask, volume)
+    if hosts.is_first():  # which alone writes
+        # `_check_places` knows a mask of this program by its overlay. In this order one that is cut
+        # off leaves no mask beside the overlay of another.
+        mask_path.unlink(missing_ok=True)
+        shown = figures.overlay(volume, mask, config.input.window)
+        figures.save(shown, overlay, {MASK_DIGEST: _digest(file_voxels(mask, volume))})
+        write_mask(mask_path, mask, volume)
     return Prediction(mask_path, overlay, volume.millilitres(mask))
 
 

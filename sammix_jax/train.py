@@ -22,7 +22,7 @@ from sammix_jax.sharding import abstract_state, batch_layout, make_mesh, place_b
 from sammix_jax.systems.named import make_system
 from sammix_jax.training.checkpoint import Checkpoints, best_step
 from sammix_jax.training.lock import sole_writer
-from sammix_jax.training.loop import Validation, run_steps
+from sammix_jax.training.loop import Validation, owes_validation, run_steps
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.start import begun_from, load_pretrained
 from sammix_jax.training.step import TrainState, jit_train_step, make_init
@@ -41,7 +41,7 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
       scored: whether an evaluation follows, so that what would fail then is refused now.
 
     Returns:
-      Whether any step was left to take.
+      Whether any step was left to take or to validate.
 
     Raises:
       UserError: a config or data set that cannot train; a number that is not finite.
@@ -82,8 +82,9 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
         state = checkpoints.restore(like)
         begins = state is None
         if begins:
-            _refuse_another_start(config, workdir)
-            state = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
+            state, model_step = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
+            begun = hosts.on_first(lambda: begun_from(config, model_step))
+            hosts.on_first(lambda: _refuse_another_start(begun, workdir))
         # Data, model and weights are sound: from here on the workdir belongs to this run.
         claim_workdir(config, workdir)
         keep(split, labelled, store, workdir)
@@ -91,7 +92,7 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
             _tell_of_frozen_noise(state.frozen, config.model.sam_weights or config.model.start_from)
             _tell_of_moving_statistics(state, config.model.freeze_batch_norm)
             if hosts.is_first():  # the files may be others later
-                write_json(as_path(workdir) / BEGUN_FROM, begun_from(config))
+                write_json(as_path(workdir) / BEGUN_FROM, begun)
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
         start = int(state.step)
@@ -108,7 +109,8 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
             mesh.size,
             mesh.devices.flat[0].platform,
         )
-        if start >= steps:
+        owes = bool(split.val) and owes_validation(config, workdir, start, steps)
+        if start >= steps and not owes:
             if not steps:  # the weights as they are loaded are what is to be scored
                 checkpoints.save(state, 0)
                 checkpoints.wait()
@@ -188,12 +190,12 @@ def _check_scoring(evaluate, split: Split, store: SliceStore) -> None:
         raise UserError(f"{error} Or train alone, with --noevaluate.") from error
 
 
-def _refuse_another_start(config, workdir) -> None:
+def _refuse_another_start(begun: dict, workdir) -> None:
     """A best state of a start that was cut off goes with the frozen parameters of that start."""
-    begun, best = as_path(workdir) / BEGUN_FROM, best_step(workdir)
-    if best is not None and begun.exists() and read_json(begun) != begun_from(config):
+    kept, best = as_path(workdir) / BEGUN_FROM, best_step(workdir)
+    if best is not None and kept.exists() and read_json(kept) != begun:
         raise UserError(
-            f"{workdir}/checkpoints/best/{best}: of a start from other weights, which {begun} "
+            f"{workdir}/checkpoints/best/{best}: of a start from other weights, which {kept} "
             "tells; bring these back, or give another --workdir."
         )
 

@@ -156,7 +156,7 @@ trap finish EXIT
 trap interrupted INT TERM
 
 # What would stay behind is told before anything is paid for.
-changed=$(git status --porcelain -- sammix_jax configs requirements)
+changed=$(git status --porcelain -- sammix_jax configs requirements requirements.txt weights)
 if [[ $changed ]]; then
   ((dry)) || die "not committed, and so not copied to the slice: commit it first
 $changed"

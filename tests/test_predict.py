@@ -1,18 +1,21 @@
 """A scan in, a mask on the same grid out, whatever the orientation."""
 
 import shutil
+import types
 
 import nibabel as nib
 import numpy as np
 import pytest
 from data.test_volumes import AXCODES, oriented
 
+from sammix_jax import predict as predict_module
 from sammix_jax.config_files import load_config
 from sammix_jax.data import phantom
 from sammix_jax.data.files import write_json
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation import figures
+from sammix_jax.inference import predict_volume
 from sammix_jax.predict import predict
 
 # A rotation by 20° about two axes: no axis of the grid lies along one of the body.
@@ -184,6 +187,31 @@ def test_only_masks_of_this_program_are_replaced(tmp_path, workdir, config, scan
     (tmp_path / "fresh" / "liver_1_overlay.png").write_bytes(b"my own figure")
     with pytest.raises(UserError, match=r"replace liver_1_overlay\.png, which this program did"):
         predict(config, workdir, images, tmp_path / "fresh")
+
+
+def test_a_prediction_that_was_cut_off_is_made_anew(tmp_path, workdir, config, scan, monkeypatch):
+    """After the overlay, and where a mask of another model lay before."""
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    target = tmp_path / "mask.nii.gz"
+
+    def predicted():
+        predict(config, workdir, tmp_path / "scan.nii.gz", target)
+        return np.asarray(nib.load(target).dataobj)
+
+    def others(*given):
+        return types.SimpleNamespace(
+            masks={name: ~mask for name, mask in predict_volume(*given).masks.items()}
+        )
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    before = predicted()
+    monkeypatch.setattr(predict_module, "predict_volume", others)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(predict_module, "write_mask", cut)
+        predicted()
+    np.testing.assert_array_equal(predicted(), 1 - before)
 
 
 def test_a_mask_of_a_scan_without_orientation_is_known_again(tmp_path, workdir, config, scan):

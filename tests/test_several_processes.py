@@ -129,6 +129,24 @@ def test_a_resumed_run_of_two_is_stopped_by_a_signal_before_its_first_step(tmp_p
     assert "process 1 evaluates" in other and pair[1].returncode == -signal.SIGTERM
 
 
+JOINED = """
+import os, signal, sys, time
+from absl import app
+from sammix_jax import main, options
+def signalled(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+main._run = signalled
+app.run(main.main, flags_parser=options.parse)
+"""
+
+
+def test_a_run_of_one_that_jax_has_joined_ends_before_its_loop(tmp_path):
+    """As on a TPU VM of one host, where JAX has a handler for several."""
+    (process,) = start_several(["-c", JOINED, f"--workdir={tmp_path}"], 1, devices=1)
+    finish(process, code=-signal.SIGTERM, seconds=50)
+
+
 FAILING = """
 import sys, time
 from absl import app

@@ -142,7 +142,7 @@ def test_training_starts_from_both_files(start, tmp_path):
     given |= {f"classifier/{k}": v for k, v in classifier.items()}
 
     before = before.replace(teacher=before.trainable)
-    after = load_pretrained(before, config)
+    after, _ = load_pretrained(before, config)
     for name, leaf in after.trainable.items():  # the teacher begins where the model does
         np.testing.assert_array_equal(after.teacher[name], leaf)
     assert jax.tree.structure(after) == jax.tree.structure(before)
@@ -157,7 +157,8 @@ def test_training_starts_from_both_files(start, tmp_path):
 
 def test_without_files_nothing_changes(start):
     config, state = start
-    after = load_pretrained(state, config)
+    after, step = load_pretrained(state, config)
+    assert step is None
     assert all(leaf is flat(state)[name] for name, leaf in flat(after).items())
 
 

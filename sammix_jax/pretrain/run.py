@@ -1,6 +1,8 @@
 """Pretrains a promptable SAM on procedural scenes; read from top to bottom."""
 
 import logging
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from sammix_jax.pretrain.step import jit_pretrain_step, make_init
 from sammix_jax.sharding import abstract_state, along_batch, make_mesh, shardings
 from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.lock import sole_writer
-from sammix_jax.training.loop import Validation, run_steps
+from sammix_jax.training.loop import Validation, owes_validation, run_steps
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.start import load_pretrained
 from sammix_jax.weights import write_weights
@@ -81,7 +83,7 @@ def pretrain(config, workdir) -> Path:
         checkpoints.check_config(config)
         state = checkpoints.restore(like)
         if state is None:
-            state = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
+            state, _ = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
         claim_workdir(config, workdir)
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
@@ -92,7 +94,7 @@ def pretrain(config, workdir) -> Path:
             mesh.size,
             mesh.devices.flat[0].platform,
         )
-        if int(state.step) < steps:
+        if int(state.step) < steps or owes_validation(config, workdir, int(state.step), steps):
             # ---- Loop: a batch is the images' numbers; the step draws the rest on the device
             if images % mesh.size:
                 _LOG.warning(
@@ -104,26 +106,35 @@ def pretrain(config, workdir) -> Path:
             side = config.model.image_size
             examples = held_out_scenes(config.pretrain.held_out, side, VALIDATION)
             answer = make_answer(sam, config.input.normalise, mesh)
-            validation = Validation(
-                lambda state, stop: _measure(answer, state, examples), best="iou"
+            coarse, fine = (
+                jit_pretrain_step(sam, optimiser, config, mesh, drawn, sharding)
+                for drawn in (side // 2, side)
             )
-            for phase_side, last in ((side // 2, config.pretrain.coarse_steps), (side, steps)):
-                if int(state.step) < last:
-                    state = run_steps(
-                        state,
-                        jit_pretrain_step(sam, optimiser, config, mesh, phase_side, sharding),
-                        lambda step: numbers,
-                        last,
-                        config=config,
-                        workdir=workdir,
-                        checkpoints=checkpoints,
-                        images=images,
-                        validation=validation,
-                        goes_on=last < steps,
-                    )
+            state = run_steps(
+                state,
+                lambda state, batch: batch.take(state, batch.numbers),
+                lambda step: _Batch(
+                    coarse if step < config.pretrain.coarse_steps else fine, numbers
+                ),
+                steps,
+                config=config,
+                workdir=workdir,
+                checkpoints=checkpoints,
+                images=images,
+                validation=Validation(
+                    lambda state, stop: _measure(answer, state, examples), best="iou"
+                ),
+            )
         checkpoints.wait()
         best = checkpoints.restore_best(like)
     return _write(config, workdir, best)
+
+
+class _Batch(NamedTuple):
+    """The images of a step, by number, and what takes it: the first steps see coarse ones."""
+
+    take: Callable
+    numbers: jax.Array
 
 
 def _measure(answer, state, examples) -> dict[str, float]:

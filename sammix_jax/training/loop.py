@@ -42,9 +42,8 @@ def run_steps(
     checkpoints: Checkpoints,
     images: int,
     validation: Validation | None = None,
-    goes_on: bool = False,
 ) -> TrainState:
-    """Takes the steps that are left.
+    """Takes the steps that are left, after the validation that is owed.
 
     Args:
       state: of the step to begin with; given up for the returned one.
@@ -55,8 +54,7 @@ def run_steps(
       workdir: receives metrics.csv and tensorboard.
       checkpoints: of the workdir.
       images: in a batch, for the throughput.
-      validation: at every `log.validate_every_steps`; None does without.
-      goes_on: whether other steps follow, so that a SIGTERM during the last one counts too.
+      validation: at every `log.validate_every_steps`, and after the last step; None does without.
 
     Raises:
       UserError: a number that is not finite.
@@ -82,11 +80,7 @@ def run_steps(
         with timer.part("checkpoint"):
             checkpoints.save(state, step)
 
-    # A run that was stopped at such a step saved it, and had no time to validate.
-    validated = {step for step, name, _ in read_log(workdir) if name.startswith("val/")}
-    owed = start and start % config.log.validate_every_steps == 0 and start not in validated
-    # One answer: where the log is in a bucket, some may read it before it is written there.
-    owed = hosts.any_process(bool(owed))
+    owed = validation and owes_validation(config, workdir, start, steps)
     quiet = hosts.hides_progress()
     with (
         TrainLog(workdir, start) as log,
@@ -96,7 +90,7 @@ def run_steps(
         tqdm(initial=start, total=steps, desc="train", unit="step", disable=quiet) as bar,
     ):
         progress = Progress(start, steps, seen=not bar.disable)
-        if validation and owed:
+        if owed:
             validate_at(start, termination.asked_alone)  # of a state that is saved
         for done in range(start + 1, steps + 1):
             profile.at(done - 1)
@@ -113,9 +107,8 @@ def run_steps(
             due = _due(done, steps)
             told = due(config.log.every_steps)
             # All processes ask after each step, and stop at the same one, where there is no
-            # time to validate; the last step ends the run anyway.
-            more = goes_on or done < steps
-            stop = termination.asked(done) and more
+            # time to validate.
+            stop = termination.asked(done)
             validates = validation and due(config.log.validate_every_steps) and not stop
             saves = stop or due(save_steps)
             if told or validates or saves:
@@ -129,22 +122,40 @@ def run_steps(
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
                 progress.tell(done, values["loss"], values["slices_per_second"])
             # Before validation, which takes long: a run that is stopped in it goes on from here,
-            # and validates then. What has its last state saved is whole, and validates no more.
-            if saves and done < steps:
+            # and validates then.
+            if saves:
                 save(done)
             if validates:
                 try:
-                    validate_at(done, lambda: termination.asked_alone() and more)  # noqa: B023
+                    validate_at(done, termination.asked_alone)
                 except hosts.Terminated:
                     stop = True
-            if stop or done == steps:
-                save(done)
+                    save(done)
+            # Several processes are told at the step after, of which the last one has none.
+            stop = stop or (done == steps and termination.asked(done + 1))
             if stop or config.checkpoint.every_steps == 1:
                 with timer.part("checkpoint"):
                     checkpoints.wait()
             if stop:
                 raise hosts.Terminated(f"stopped after step {done} of {steps}, which is saved")
     return state
+
+
+def owes_validation(config, workdir, step: int, steps: int) -> bool:
+    """Whether a run that goes on from this step has still to validate it: one that was stopped
+    there saved it, and had no time. All processes must ask.
+
+    Args:
+      config: the run's; reads `log.validate_every_steps`.
+      workdir: whose log tells what was validated.
+      step: of the state that was saved.
+      steps: at which the run ends.
+    """
+    if not step or not _due(step, steps)(config.log.validate_every_steps):
+        return False
+    validated = {done for done, name, _ in read_log(workdir) if name.startswith("val/")}
+    # One answer: where the log is in a bucket, some may read it before it is written there.
+    return hosts.any_process(step not in validated)
 
 
 def save_interval(every_steps: int) -> int:

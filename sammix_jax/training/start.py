@@ -10,8 +10,8 @@ from sammix_jax import hosts
 from sammix_jax.config_files import differing_fields, load_config, preprocessing
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.split_files import IMAGES, training_scans
+from sammix_jax.errors import UserError
 from sammix_jax.sharding import place_whole
-from sammix_jax.training.checkpoint import best_step
 from sammix_jax.training.step import TrainState
 from sammix_jax.training.trained import load_model
 from sammix_jax.weights import digests, fill, load_weights
@@ -22,19 +22,26 @@ _LOG = logging.getLogger(__name__)
 LORA = r".*/lora_[qkv]/[ab]"
 
 
-def load_pretrained(state: TrainState, config) -> TrainState:
+def load_pretrained(state: TrainState, config) -> tuple[TrainState, int | None]:
     """Puts the values of `model.start_from`, or else of `model.sam_weights` and
     `model.classifier_weights`, in a new state.
 
     Of the files LoRA and the classifier's head keep their random start. Arrays go straight to where
     the state's lie, not through a compiled program, which would hold them as constants.
 
+    Returns:
+      The state, and of which step the workdir's model is; None without one.
+
     Raises:
       UserError: a file or workdir that is missing, of another model, or does not fit leaf by leaf.
     """
     stats = traverse_util.flatten_dict(state.batch_stats, sep="/")
     leaves = state.trainable | state.frozen | stats
-    values = (_of_workdir if config.model.start_from else _of_files)(leaves, config)
+    step = None
+    if config.model.start_from:
+        values, step = _of_workdir(leaves, config)
+    else:
+        values = _of_files(leaves, config)
 
     def replaced(leaves: dict) -> dict:
         return {
@@ -42,21 +49,30 @@ def load_pretrained(state: TrainState, config) -> TrainState:
             for path, leaf in leaves.items()
         }
 
-    return state.replace(
+    state = state.replace(
         trainable=replaced(state.trainable),
         teacher=replaced(state.teacher),
         frozen=replaced(state.frozen),
         batch_stats=traverse_util.unflatten_dict(replaced(stats), sep="/"),
     )
+    return state, step
 
 
-def begun_from(config) -> dict:
+def begun_from(config, step: int | None) -> dict:
     """What is kept of the start in WORKDIR/weights.json: the files' digests; of a workdir its step,
-    and by what the scans are known that trained it and chose its checkpoint."""
+    and by what the scans are known that trained it and chose its checkpoint.
+
+    Args:
+      config: the run's.
+      step: of the model that `load_pretrained` found in a workdir.
+
+    Raises:
+      UserError: the workdir lacks what it is to be known by.
+    """
     workdir = config.model.start_from
     if not workdir:
         return digests(config)
-    begun = digests(config) | {"model.start_from": f"step {best_step(workdir)} of {workdir}"}
+    begun = digests(config) | {"model.start_from": f"step {step} of {workdir}"}
     if not (as_path(workdir) / IMAGES).exists():
         _LOG.warning(
             "model.start_from=%s: has no %s, so nobody can tell which scans trained that model; "
@@ -65,7 +81,10 @@ def begun_from(config) -> dict:
             IMAGES,
         )
         return begun
-    scans = training_scans(load_config(workdir), workdir)
+    try:
+        scans = training_scans(load_config(workdir), workdir)
+    except UserError as error:
+        raise UserError(f"model.start_from={workdir}: {error} Copy the whole workdir.") from error
     begun |= {"trained_on": sorted(scans.digests), "chose": sorted(scans.chose)}
     return begun
 
@@ -83,7 +102,7 @@ def _of_files(leaves: dict, config) -> dict[str, np.ndarray]:
     return values
 
 
-def _of_workdir(leaves: dict, config) -> dict[str, np.ndarray]:
+def _of_workdir(leaves: dict, config) -> tuple[dict[str, np.ndarray], int]:
     workdir = config.model.start_from
     begun = load_config(workdir)
     if differing := differing_fields(*(_of_slices(c) for c in (begun, config))):
@@ -93,7 +112,8 @@ def _of_workdir(leaves: dict, config) -> dict[str, np.ndarray]:
             workdir,
             ", ".join(differing),
         )
-    variables = hosts.to_host(load_model(begun, workdir).variables)
+    model = load_model(begun, workdir)
+    variables = hosts.to_host(model.variables)
     kept = {
         path: leaf
         for part in variables.values()
@@ -107,7 +127,7 @@ def _of_workdir(leaves: dict, config) -> dict[str, np.ndarray]:
             if path.startswith(f"{prefix}/")
         }
         values |= fill(leaves, below, prefix, source=workdir, may_lack=(LORA,))
-    return values
+    return values, model.step
 
 
 def _of_slices(config) -> dict:

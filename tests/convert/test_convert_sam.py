@@ -140,7 +140,7 @@ def adapted(files, tmp_path_factory):
         lambda leaf: jax.device_put(0.05 * rng.normal(size=leaf.shape).astype(leaf.dtype)),
         jax.eval_shape(init),
     )
-    state = load_pretrained(random, config)
+    state, _ = load_pretrained(random, config)
     with Checkpoints(folder) as checkpoints:
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)

@@ -41,8 +41,13 @@ def test_what_is_written_is_there_at_once(tmp_path):
 
 
 def test_steps_that_are_repeated_hide_those_before(tmp_path):
+    with TrainLog(tmp_path, 0) as log:
+        for step in (39, 40, 41):
+            log.write(step, {"train/loss": 0.5})
+    (tmp_path / "tensorboard").rename(tmp_path / "before")
     with TrainLog(tmp_path, 40):
         pass
+    assert [step for step, *_ in read_log(tmp_path)] == [39, 40]
     assert [event.step for event in events(tmp_path) if event.session_log.status] == [41]
 
 

@@ -20,10 +20,12 @@ def test_validation_patients_choose_and_the_best_is_whole_before_the_log_tells(
 ):
     """A run that is killed after it has told of a validation does not validate that step again."""
     toy_config.data.split, toy_config.log.validate_every_steps = (2, 1, 1), 3
-    scores, asked, kept = iter([0.2, 0.5, 0.4, 0.1]), [], {}
+    scores, asked, kept = iter([0.2, 0.5, 0.5, 0.1]), [], {}
+    saved, saved_before = [], []
 
     def validate(predict, variables, store, scans, *rest):
         asked.append(scans)
+        saved_before.append(saved[-1])
         return {"dice": next(scores)}
 
     write = loop.TrainLog.write
@@ -33,22 +35,29 @@ def test_validation_patients_choose_and_the_best_is_whole_before_the_log_tells(
             kept[step] = {path.name for path in (tmp_path / "checkpoints" / "best").iterdir()}
         write(self, step, values)
 
+    save = loop.Checkpoints.save
+    monkeypatch.setattr(
+        loop.Checkpoints, "save", lambda *args: saved.append(args[2]) or save(*args)
+    )
     monkeypatch.setattr(train_module, "validate", validate)
     monkeypatch.setattr(loop.TrainLog, "write", watched)
     train(toy_config, tmp_path, prepare(toy_config, tmp_path))
     assert kept == {3: {"3"}, 6: {"6"}, 9: {"6"}, 12: {"6"}}
+    assert saved_before == [2, 6, 8, 12]  # none that was due waits for the validation
     assert asked == [kept_split(tmp_path).val] * 4 and len(asked[0]) == 1
     assert read_json(tmp_path / "weights.json") == {
         "model.sam_weights": "", "model.classifier_weights": ""
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("steps", [6, 3])
 @pytest.mark.parametrize("asked", ["in a step", "in validation"])
 def test_a_run_that_was_stopped_where_it_validates_does_so_when_it_goes_on(
-    toy_config, tmp_path, monkeypatch, asked
+    toy_config, tmp_path, monkeypatch, asked, steps
 ):
+    """In the last step too: what comes after it may take longer than there is time."""
     toy_config.data.split, toy_config.log.validate_every_steps = (2, 1, 1), 3
-    toy_config.train.steps = 6
+    toy_config.train.steps = steps
     scores, taken, sent = iter([0.5, 0.4]), [], []
 
     def terminate():
@@ -76,10 +85,27 @@ def test_a_run_that_was_stopped_where_it_validates_does_so_when_it_goes_on(
     jit = train_module.jit_train_step
     monkeypatch.setattr(train_module, "jit_train_step", jit_train_step)
     monkeypatch.setattr(train_module, "validate", validate)
-    with pytest.raises(Terminated, match="after step 3 of 6, which is saved"):
+    with pytest.raises(Terminated, match=f"after step 3 of {steps}, which is saved"):
         train(toy_config, tmp_path, prepare(toy_config, tmp_path))
     assert not [name for _, name, _ in read_log(tmp_path) if name == "val/dice"]
     assert train(toy_config, tmp_path, prepare(toy_config, tmp_path)) is True
     validated = {step: value for step, name, value in read_log(tmp_path) if name == "val/dice"}
-    assert validated == {3: 0.5, 6: 0.4}
+    assert validated == ({3: 0.5, 6: 0.4} if steps == 6 else {3: 0.5})
     assert [path.name for path in (tmp_path / "checkpoints" / "best").iterdir()] == ["3"]
+    assert train(toy_config, tmp_path, prepare(toy_config, tmp_path)) is False
+
+
+def test_several_processes_hear_a_signal_of_the_last_validation(toy_config, tmp_path, monkeypatch):
+    """They are told at the step after the last that was taken."""
+    asked = []
+
+    def told(self, step):
+        asked.append(step)
+        return step == 4
+
+    monkeypatch.setattr(loop.hosts.Termination, "asked", told)
+    toy_config.train.steps = 3
+    with pytest.raises(Terminated, match="after step 3 of 3, which is saved"):
+        train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+    assert asked == [1, 2, 3, 4]
+    assert train(toy_config, tmp_path, prepare(toy_config, tmp_path)) is False

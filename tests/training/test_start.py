@@ -1,5 +1,7 @@
 """A run that starts from a trained workdir."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.split_files import BEGUN_FROM, training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.train import train
+from sammix_jax.training import start as start_module
 from sammix_jax.training.checkpoint import best_step
 from sammix_jax.training.trained import load_model
 
@@ -41,6 +44,24 @@ def test_it_has_the_trained_model_and_knows_its_scans(workdir, start, tmp_path, 
     assert begun["model.sam_weights"] == begun["model.classifier_weights"] == ""
     known, own = training_scans(start, run), training_scans(load_config(workdir), workdir)
     assert known.digests > own.digests and known.chose > own.chose
+
+
+def test_the_step_told_is_that_of_the_model_which_was_read(workdir, start, tmp_path, monkeypatch):
+    """Not that of the best state, which may be damaged, or another by then."""
+    monkeypatch.setattr(
+        start_module, "load_model", lambda *given: load_model(*given)._replace(step=7)
+    )
+    train(start, tmp_path / "run", SliceStore.open(workdir / "store"))
+    assert read_json(tmp_path / "run" / BEGUN_FROM)["model.start_from"] == f"step 7 of {workdir}"
+
+
+def test_a_workdir_copied_in_part_is_refused_before_the_run_has_its_own(workdir, start, tmp_path):
+    shutil.copytree(workdir, tmp_path / "part")
+    (tmp_path / "part" / "scans.json").unlink()
+    start.model.start_from = str(tmp_path / "part")
+    with pytest.raises(UserError, match=r"^model\.start_from=.*part: .*scans\.json: no such file"):
+        train(start, tmp_path / "run", SliceStore.open(workdir / "store"))
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_another_model_is_refused(workdir, start, tmp_path):
