@@ -13,7 +13,7 @@ from absl import flags
 from convert.classifier_rules import CLASSIFIERS
 from convert.program import run
 from convert.rules import recognise
-from convert.sources import caster, foreign, read_tensors
+from convert.sources import caster, check_output, foreign, read_tensors
 from sammix_jax.data.files import sha256
 from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
@@ -37,6 +37,7 @@ def convert(path, output, dtype: str | None = None) -> str:
     path, output = as_path(path), as_path(output)
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: expected a name that ends in .safetensors.")
+    check_output(path, output)
     source = read_tensors(path)
     tables = [table for table, _ in CLASSIFIERS.values() if table.marker in source]
     if not tables:
@@ -44,7 +45,7 @@ def convert(path, output, dtype: str | None = None) -> str:
     table = tables[0]
     models = {arch: shapes for arch, (of, shapes) in CLASSIFIERS.items() if of is table}
     arch = recognise(path, source, table, models)
-    arrays = table.to_ours(models[arch](), source, caster(path, dtype))
+    arrays = table.to_ours(path, models[arch](), source, caster(path, dtype))
     metadata = {"kind": "classifier", "model": arch, "source": path.name, "sha256": sha256(path)}
     write_weights(output, arrays, metadata)
     return arch

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from convert.rules import CONV, DECONV, LINEAR, NORM, VALUE, Rule, Table
-from sammix_jax.data.files import write_json
+from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.paths import Path
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam.sam import PIXEL_MEAN, PIXEL_STD
@@ -17,6 +17,7 @@ _MLP = {1: "proj_in", 2: "layers.0", 3: "proj_out"}
 HUGGING_FACE = Table(
     name="a Hugging Face SamModel",
     marker="vision_encoder.patch_embed.projection.weight",
+    tables=r"vision_encoder\.(pos_embed|layers\.\d+\.attn\.rel_pos_[hw])\b",
     rules=(
         Rule("image_encoder/pos_embed", "vision_encoder.pos_embed", VALUE),
         Rule("image_encoder/patch_embed", "vision_encoder.patch_embed.projection", CONV),
@@ -105,6 +106,60 @@ HUGGING_FACE = Table(
         )
     },
 )
+
+
+def find_file(folder: Path) -> Path:
+    """The weight file of a folder.
+
+    Raises:
+      UserError: there is none, or there are several.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    if parts := [p.name for p in folder.glob("*.index.json")]:
+        raise UserError(
+            f"{folder}: a model in several files ({parts[0]}), expected one: save it again with "
+            "max_shard_size='100GB'."
+        )
+    if adapters := [p.name for p in folder.glob("adapter_model.*")]:
+        raise UserError(
+            f"{folder}: PEFT's {adapters[0]}, which is LoRA alone; merge it into its model "
+            "(merge_and_unload) and save that."
+        )
+    raise UserError(
+        f"{folder}: no model.safetensors (Hugging Face), and no config.json with checkpoints (a "
+        "training run) there; give a weight file, or one of these folders."
+    )
+
+
+def check_folder(folder: Path, sizes: SamVariant, images: Mapping[str, str]) -> None:
+    """Holds the configs beside a weight file, where there are any, against the model.
+
+    Args:
+      folder: of the weight file.
+      sizes: of the model that its arrays fit; no shape shows the heads, windows and global blocks.
+      images: what the file, or the user, says of those that the model learned from.
+
+    Raises:
+      UserError: a config that differs, or images that nobody says how to normalise.
+    """
+    if (path := folder / "config.json").is_file():
+        given = read_json(path).get("vision_config", {})
+        for field in ("num_attention_heads", "window_size", "global_attn_indexes"):
+            expected = _model_config(sizes)["vision_config"][field]
+            if given.get(field, expected) != expected:
+                raise UserError(
+                    f"{path}: vision_config.{field}={given[field]}, expected {expected}, as the "
+                    "model with arrays of these shapes has it here; another one is not here."
+                )
+    path = folder / "preprocessor_config.json"
+    if "normalise" not in images and path.is_file() and not read_json(path).get("do_normalize", 1):
+        raise UserError(
+            f"{path}: do_normalize is false, so the model did not learn from images as SAM takes "
+            "them: say by --normalise=unit that they lay in [0, 1], or by --normalise=minmax that "
+            "each was stretched to it besides."
+        )
 
 
 def write_folder(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from convert.sources import Stored
+from convert.sources import Cast, Stored
 from sammix_jax.errors import UserError
 from sammix_jax.weights import list_mistakes
 
@@ -65,6 +65,7 @@ class Table(NamedTuple):
       rules: each leaf of a model matches exactly one.
       ignored: regular expressions of keys that have no place here.
       aliases: second names under which a file may repeat an array, or give it instead.
+      tables: regular expression of keys whose shapes go by the size of the images.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Table(NamedTuple):
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     aliases: Mapping[str, str] = {}
+    tables: str = r"(?!)"  # none
 
     def expand(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Entry]:
         """The keys of every leaf of a model.
@@ -135,29 +137,31 @@ class Table(NamedTuple):
 
     def to_ours(
         self,
+        path,
         shapes: Mapping[str, tuple[int, ...]],
         source: dict[str, Stored],
-        cast: Callable[[np.ndarray], np.ndarray],
+        cast: Cast,
     ) -> dict[str, np.ndarray]:
         """Brings a file without mistakes into our layout.
 
         Args:
+          path: the file, for errors.
           shapes: the model's flat paths and shapes.
           source: their key → array; emptied on the way, so that no two copies of a model exist.
-          cast: applied to every array.
+          cast: applied to every array, with the name of its key or its first one.
 
         Returns:
           Path → contiguous array.
 
         Raises:
-          UserError: an array and its alias differ.
+          UserError: an array and its alias differ, or `cast` refuses one.
         """
-        self._resolve_aliases(source)
+        self._resolve_aliases(path, source)
         arrays = {}
-        for path, entry in _progress(self.expand(shapes)):
+        for leaf, entry in _progress(self.expand(shapes)):
             parts = [_transpose(source.pop(key).load(), entry.axes.ours) for key in entry.keys]
             whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            arrays[path] = np.ascontiguousarray(cast(whole))
+            arrays[leaf] = np.ascontiguousarray(cast(entry.keys[0], whole))
         return arrays
 
     def to_theirs(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -169,7 +173,7 @@ class Table(NamedTuple):
             for key, array in _split(arrays.pop(path), entry)
         }
 
-    def _resolve_aliases(self, source: dict[str, Stored]) -> None:
+    def _resolve_aliases(self, path, source: dict[str, Stored]) -> None:
         for alias, key in self.aliases.items():
             if alias not in source:
                 continue
@@ -177,8 +181,8 @@ class Table(NamedTuple):
             other = source.setdefault(key, stored)
             if not np.array_equal(other.load(), stored.load()):
                 raise UserError(
-                    f"{self.name}: {alias} and {key} differ, but the model has one array for "
-                    "both; the file is damaged or of another model."
+                    f"{path}: {alias} and {key} differ, but {self.name} has one array for both; "
+                    "the file is damaged or of another model."
                 )
 
 
@@ -207,6 +211,13 @@ def recognise(
             return name
         if closest is None or count < closest[0]:
             closest = (count, name, mistakes)
+    shaped = closest[2]["of another shape"]
+    if len(shaped) == closest[0] and all(re.match(table.tables, key) for key in shaped):
+        raise UserError(
+            f"{path}: {table.name}, a {closest[1]} with tables of positions for images of another "
+            f"size: {list_mistakes(closest[2])}. They are kept at the native size here, and "
+            "resized as the model runs; give the model that this one was made from."
+        )
     raise UserError(
         f"{path}: {table.name}, but none of {', '.join(models)}. Closest is {closest[1]}: "
         f"{list_mistakes(closest[2])}. The file is incomplete, or of a model that is not here."

@@ -17,11 +17,20 @@ import numpy as np
 from absl import flags
 from flax import traverse_util
 
-from convert.hf_rules import HUGGING_FACE, write_folder
+from convert.hf_rules import HUGGING_FACE, check_folder, find_file, write_folder
 from convert.program import run
 from convert.rules import recognise
 from convert.sam_rules import OFFICIAL, SAM_MODELS, resize_tables, sam_shapes
-from convert.sources import caster, foreign, import_torch, read_metadata, read_tensors, to_torch
+from convert.sources import (
+    Cast,
+    caster,
+    check_output,
+    foreign,
+    import_torch,
+    read_metadata,
+    read_tensors,
+    to_torch,
+)
 from sammix_jax.config_files import load_config
 from sammix_jax.config_rules import CHOICES
 from sammix_jax.data.files import sha256, whole_file
@@ -86,14 +95,8 @@ def convert(
     """
     path, output = as_path(path), as_path(output)
     form = _check_output(output, form)
-    if resolved(path) == resolved(output):
-        raise UserError(f"{output}: is the input; give another name, so that the original stays.")
-    cast = caster(path, dtype)
-    sam = load(path, cast)
-    if normalise:
-        known = sam.images.setdefault("normalise", normalise)
-        if known != normalise:
-            raise UserError(f"{path}: says normalise={known}, and --normalise={normalise}.")
+    check_output(path, output)
+    sam = load(path, caster(path, dtype), normalise)
     notes = _notes(sam, form)
     if form == "sammix":
         metadata = {
@@ -113,25 +116,28 @@ def convert(
     return sam.variant, notes
 
 
-def load(path: Path, cast) -> Loaded:
-    """Reads a SAM from any source; `cast` is applied to every array."""
+def load(path: Path, cast: Cast, normalise: str | None) -> Loaded:
+    """Reads a SAM from any source; `cast` is applied to every array, `normalise` is `convert`'s."""
     if path.is_dir() and (path / "config.json").is_file() and (path / "checkpoints").is_dir():
-        return _load_workdir(path, cast)
+        return _load_workdir(path, cast, normalise)
     if path.is_dir():
-        path = _hugging_face_file(path)
+        path = find_file(path)
     source = read_tensors(path)
     if "image_encoder/patch_embed/kernel" in source:
-        return _load_own(path, cast)
+        return _load_own(path, cast, normalise)
     for table in (OFFICIAL, HUGGING_FACE):
         if table.marker in source:
             variant = recognise(path, source, table, SAM_MODELS)
+            images = _of_images(path, read_metadata(path), variant, normalise)
+            if table is HUGGING_FACE:
+                check_folder(path.parent, get_variant(variant), images)
             digest = sha256(path)
-            arrays = table.to_ours(sam_shapes(variant), source, cast)
-            return Loaded(arrays, variant, path.name, digest, _of_images(read_metadata(path)))
+            arrays = table.to_ours(path, sam_shapes(variant), source, cast)
+            return Loaded(arrays, variant, path.name, digest, images)
     raise foreign(path, source, "a SAM: official, Hugging Face's or this project's")
 
 
-def _load_workdir(workdir: Path, cast) -> Loaded:
+def _load_workdir(workdir: Path, cast: Cast, normalise: str | None) -> Loaded:
     config = load_config(workdir)
     if config.model.system not in HOLD_SAM:
         raise UserError(
@@ -150,33 +156,45 @@ def _load_workdir(workdir: Path, cast) -> Loaded:
     variables = load_model(config, workdir).variables
     params = merge_lora(variables["params"]["sam"])
     leaves = traverse_util.flatten_dict(params, sep="/")
-    arrays = {path: cast(np.asarray(leaf)) for path, leaf in leaves.items()}
-    images = {"normalise": config.input.normalise, "image_size": str(config.model.image_size)}
+    arrays = {path: cast(path, np.asarray(leaf)) for path, leaf in leaves.items()}
+    known = {"normalise": config.input.normalise, "image_size": str(config.model.image_size)}
+    images = _of_images(workdir, known, config.model.sam, normalise)
     return Loaded(arrays, config.model.sam, resolved(workdir).name, "", images)
 
 
-def _load_own(path: Path, cast) -> Loaded:
+def _load_own(path: Path, cast: Cast, normalise: str | None) -> Loaded:
     arrays, metadata = read_weights(path)
     variant = metadata.get("model")
     shapes = {name: array.shape for name, array in arrays.items()}
-    if variant not in SAM_MODELS or shapes != sam_shapes(variant):
+    sound = metadata.get("kind") == "sam" and variant in SAM_MODELS
+    if not sound or shapes != sam_shapes(variant):
         raise UserError(
-            f"{path}: says that it is {variant}, but its arrays are not that model's; one of "
-            f"{', '.join(SAM_MODELS)} is expected, as python -m convert.sam writes it."
+            f"{path}: says that it is {metadata.get('kind')} {variant}, but its arrays are not "
+            f"that model's, or it is no SAM; expected one of {', '.join(SAM_MODELS)}, as python -m "
+            "convert.sam writes it."
         )
-    arrays = {name: cast(array) for name, array in arrays.items()}
-    images, patch = _of_images(metadata), get_variant(variant).patch_size
+    images = _of_images(path, metadata, variant, normalise)
+    arrays = {name: cast(name, array) for name, array in arrays.items()}
+    return Loaded(arrays, variant, path.name, sha256(path), images)
+
+
+def _of_images(
+    path: Path, metadata: Mapping[str, str], variant: str, normalise: str | None
+) -> dict[str, str]:
+    """What a file's metadata, or else the user, says of the images that its model learned from."""
+    images = {key: metadata[key] for key in IMAGE_KEYS if key in metadata}
+    known, choices = images.get("normalise", "sam"), CHOICES["input.normalise"]
+    if known not in choices:
+        raise UserError(f"{path}: says normalise={known}, expected one of {', '.join(choices)}.")
+    patch = get_variant(variant).patch_size
     size = images.get("image_size", str(patch))
     if not size.isdecimal() or int(size) % patch or not int(size):
         raise UserError(
             f"{path}: says image_size={size}, expected a multiple of {variant}'s patch of {patch}."
         )
-    return Loaded(arrays, variant, path.name, sha256(path), images)
-
-
-def _of_images(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What a file's metadata says of the images that its model learned from."""
-    return {key: metadata[key] for key in IMAGE_KEYS if key in metadata}
+    if normalise and images.setdefault("normalise", normalise) != normalise:
+        raise UserError(f"{path}: says normalise={known}, and --normalise={normalise}.")
+    return images
 
 
 def _notes(sam: Loaded, form: str) -> list[str]:
@@ -215,21 +233,6 @@ def _notes(sam: Loaded, form: str) -> list[str]:
     return notes
 
 
-def _hugging_face_file(folder: Path) -> Path:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
-    if parts := [p.name for p in folder.glob("*.index.json")]:
-        raise UserError(
-            f"{folder}: a model in several files ({parts[0]}), expected one: save it again with "
-            "max_shard_size='100GB'."
-        )
-    raise UserError(
-        f"{folder}: no model.safetensors (Hugging Face), and no config.json with checkpoints (a "
-        "training run) there; give a weight file, or one of these folders."
-    )
-
-
 def _check_output(output: Path, form: str | None) -> str:
     """The form of an output that may be written; refused before the work, not after it."""
     endings = {"sammix": (".safetensors",), "official": (".pth", ".pt"), "hf": ("",)}
@@ -248,8 +251,6 @@ def _check_output(output: Path, form: str | None) -> str:
         raise UserError(
             f"{output}: --format={form} expects a name ending in {' or '.join(endings[form])}."
         )
-    elif output.is_dir():
-        raise UserError(f"{output}: is a folder; expected the name of a file.")
     return form
 
 

@@ -14,6 +14,7 @@ from sammix_jax.models.sam.variants import VARIANTS, get_variant
 OFFICIAL = Table(
     name="a SAM in the official layout",
     marker="image_encoder.patch_embed.proj.weight",
+    tables=r"image_encoder\.(pos_embed|blocks\.\d+\.attn\.rel_pos_[hw])\b",
     rules=(
         Rule("image_encoder/pos_embed", "image_encoder.pos_embed", VALUE),
         Rule("image_encoder/patch_embed", "image_encoder.patch_embed.proj", CONV),

@@ -12,8 +12,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sammix_jax.data.files import local_copy
-from sammix_jax.data.paths import Path, as_path
+from sammix_jax.data.paths import Path, as_path, resolved
 from sammix_jax.errors import UserError
+from sammix_jax.weights import DTYPES
 
 # A key that gives a layout away → what the file is.
 _SIGNS = {
@@ -30,8 +31,9 @@ _SIGNS = {
 # Names under which training scripts keep the weights beside an optimiser's state.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _COMPILED = "_orig_mod."  # which torch.compile puts before what it compiled
-# Keys of LoRA that is not merged: PEFT's, and SAMed's.
-_UNMERGED = re.compile(r"\b(lora_\w+|base_layer|linear_[ab]_[qv])\b")
+# Keys of what is not merged into a SAM, or cannot be: PEFT's LoRA and SAMed's, SAM-Med2D's layers.
+_UNMERGED = re.compile(r"\b(lora_\w+|base_layer|linear_[ab]_[qv]|w_[ab]_\d{3})\b")
+_ADAPTER = re.compile(r"\bAdapter\.")
 # Types of numbers in .safetensors that NumPy holds.
 _NUMBERS = re.compile(r"BOOL|[IU](8|16|32|64)|F(16|32|64)|BF16")
 # What weights_only promises PyTorch keeps from here on: before, a file could corrupt memory
@@ -68,7 +70,12 @@ def read_tensors(path) -> dict[str, Stored]:
     if unmerged := next(filter(_UNMERGED.search, stored), None):
         raise UserError(
             f"{path}: holds LoRA that is not merged ({unmerged}), expected a SAM's own arrays; "
-            "merge it into the model (PEFT: merge_and_unload) and save that."
+            "merge it into the model's projections (PEFT: merge_and_unload) and save that."
+        )
+    if adapter := next(filter(_ADAPTER.search, stored), None):
+        raise UserError(
+            f"{path}: holds adapters ({adapter}), expected a SAM's own arrays; with these layers, "
+            "as SAM-Med2D has them, it is another model."
         )
     plain = {key.replace(_COMPILED, ""): value for key, value in stored.items()}
     stored = plain if len(plain) == len(stored) else stored
@@ -95,6 +102,18 @@ def _prefix(keys: Collection[str]) -> str:
     return next(prefixes, "")
 
 
+def check_output(source: Path, output: Path) -> None:
+    """Refuses an output that is the input, so that the original stays, or a folder.
+
+    Raises:
+      UserError: it is.
+    """
+    if resolved(source) == resolved(output):
+        raise UserError(f"{output}: is the input; give another name, so that the original stays.")
+    if output.suffix and output.is_dir():
+        raise UserError(f"{output}: is a folder; expected the name of a file.")
+
+
 def foreign(path, source: Mapping[str, Stored], expected: str) -> UserError:
     """The error for a file of another kind, which says which."""
     known = [what for sign, what in _SIGNS.items() if sign in source]
@@ -103,26 +122,39 @@ def foreign(path, source: Mapping[str, Stored], expected: str) -> UserError:
     return UserError(f"{path}: {found}; expected {expected}.")
 
 
-def caster(path, dtype: str | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function to `dtype`; None keeps each array's type.
+Cast = Callable[[str, np.ndarray], np.ndarray]
 
-    The function raises a UserError where an array is not of floating point, a finite value does not
-    fit, or a value is not finite.
+
+def caster(path, dtype: str | None) -> Cast:
+    """Returns a function of an array's name and the array, to `dtype`; None keeps each one's type.
+
+    The function raises a UserError, which names the array, where it is not of floating point, a
+    finite value does not fit, or a value is not finite.
     """
 
-    def cast(array: np.ndarray) -> np.ndarray:
+    def cast(name: str, array: np.ndarray) -> np.ndarray:
         if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
             raise UserError(
-                f"{path}: an array of {array.dtype} where a model has weights, expected floating "
-                "point; of a quantised model take the original."
+                f"{path}: {name}: an array of {array.dtype} where a model has weights, expected "
+                "floating point; of a quantised model take the original."
+            )
+        if dtype is None and str(array.dtype) not in DTYPES:
+            raise UserError(
+                f"{path}: {name}: an array of {array.dtype}, expected {', '.join(DTYPES)}; "
+                "choose --dtype=float32."
+            )
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"{path}: {name}: NaN or infinity among the values; take a sound copy, or a "
+                "checkpoint from before the training diverged."
             )
         # ml_dtypes gives NumPy its bfloat16.
-        with np.errstate(over="ignore"):  # told below, with the file's name
+        with np.errstate(over="ignore"):  # told below, with the array's name
             result = array if dtype is None else array.astype(dtype, copy=False)
         if not np.isfinite(result).all():
             raise UserError(
-                f"{path}: NaN or infinity among the values as {result.dtype}; fetch the file "
-                "again, or choose --dtype=float32."
+                f"{path}: {name}: values up to {np.abs(array).max():.3g}, which {dtype} does not "
+                "hold; choose --dtype=float32."
             )
         return result
 

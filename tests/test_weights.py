@@ -79,6 +79,14 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_weights(path, "classifier", "resnet18")
 
 
+def test_weights_of_images_on_another_scale_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_weights(path, {}, METADATA | {"normalise": "minmax"})
+    load_weights(path, "sam", "mini", normalise="minmax")
+    with pytest.raises(UserError, match=r"by 'minmax', .* set --config\.input\.normalise=minmax"):
+        load_weights(path, "sam", "mini", normalise="sam")
+
+
 def test_fill_takes_each_key_once_and_leaves_the_rest():
     leaves = {
         "sam/a": shape(2),

@@ -20,6 +20,7 @@ from convert.hf_rules import HUGGING_FACE, _model_config
 from convert.sam import convert
 from convert.sam_rules import OFFICIAL, sam_shapes
 from sammix_jax.config_files import claim_workdir, load_config
+from sammix_jax.data.files import read_json
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.systems.sam_mix import SamMixSystem
@@ -264,6 +265,10 @@ def test_a_hugging_face_folder_takes_images_as_the_run_did(files, tmp_path):
         "trained at image_size=64",
         "trained with normalise=unit",
     ]
+    sizes = read_json(tmp_path / "hf" / "preprocessor_config.json")
+    assert sizes["pad_size"] == {"height": 64, "width": 64} and sizes["do_pad"]
+    assert sizes["mask_size"] == {"longest_edge": 32}  # of the low-res logits
+    assert sizes["mask_pad_size"] == {"height": 32, "width": 32}
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     processor = transformers.SamImageProcessorPil.from_pretrained(tmp_path / "hf")
     pixels = processor(picture, return_tensors="np")["pixel_values"]  # (1, 3, 64, 64)

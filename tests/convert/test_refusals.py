@@ -179,18 +179,25 @@ def test_sizes_of_no_variant(refused):
     odd["image_encoder.pos_embed"] = torch.zeros(1, 14, 14, 192)
     refused(
         odd,
-        r"none of mini, vit_b, vit_l, vit_h, tiny\. Closest is mini: 1 of another shape "
+        r"a mini with tables of positions for images of another size: 1 of another shape "
         r"\(image_encoder\.pos_embed \(1, 14, 14, 192\), expected \(1, 16, 16, 192\)\)",
+    )
+    odd["mask_decoder.iou_token.weight"] = torch.zeros(1, 64)
+    refused(
+        odd,
+        r"none of mini, vit_b, vit_l, vit_h, tiny\. Closest is mini: 2 of another shape "
+        r"\(image_encoder\.pos_embed \(1, 14, 14, 192\), expected \(1, 16, 16, 192\), ",
     )
 
 
 def test_values_that_are_not_finite(refused, tmp_path):
     bad = state()
     bad["mask_decoder.iou_token.weight"][0, 0] = float("nan")
-    refused(bad, "NaN or infinity")
+    refused(bad, r"mask_decoder\.iou_token\.weight: NaN or infinity")
     large = state() | {"mask_decoder.iou_token.weight": torch.full((1, 128), 1e6)}
     torch.save(large, tmp_path / "given.pth")
-    with pytest.raises(UserError, match="NaN or infinity among the values as float16"):
+    told = r"mask_decoder\.iou_token\.weight: values up to 1e\+06, which float16 does not hold"
+    with pytest.raises(UserError, match=told):
         sam.convert(tmp_path / "given.pth", tmp_path / "out.safetensors", dtype="float16")
 
 
@@ -212,6 +219,9 @@ def test_outputs_are_checked_first(tmp_path):
         sam.convert(tmp_path / "sam.pth", tmp_path / "dir.pth")
     with pytest.raises(UserError, match=r"a name that ends in \.safetensors"):
         classifier.convert(tmp_path / "sam.pth", tmp_path / "out.pth")
+    with pytest.raises(UserError, match="is a folder; expected the name of a file"):
+        (tmp_path / "dir.safetensors").mkdir()
+        classifier.convert(tmp_path / "sam.pth", tmp_path / "dir.safetensors")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -234,13 +244,17 @@ def test_an_own_file_that_lies_about_its_model(tmp_path):
     arrays = {"image_encoder/patch_embed/kernel": np.zeros((8, 8, 3, 192), np.float32)}
     metadata = {"kind": "sam", "model": "vit_b", "source": "", "sha256": ""}
     write_weights(tmp_path / "sam.safetensors", arrays, metadata)
-    with pytest.raises(UserError, match="says that it is vit_b, but its arrays are not"):
+    with pytest.raises(UserError, match="says that it is sam vit_b, but its arrays are not"):
         sam.convert(tmp_path / "sam.safetensors", tmp_path / "out.pth")
 
 
 @pytest.mark.parametrize(
     ("fields", "match"),
-    [({}, "says that it is None"), ({"model": "mini", "image_size": "big"}, "image_size=big")],
+    [
+        ({}, "says that it is sam None"),
+        ({"model": "mini", "kind": "classifier"}, "says that it is classifier mini"),
+        ({"model": "mini", "image_size": "big"}, "image_size=big"),
+    ],
 )
 def test_own_files_that_say_too_little(tmp_path, fields, match):
     from sammix_jax.weights import write_weights

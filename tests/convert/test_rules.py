@@ -17,6 +17,7 @@ from convert.rules import CONV, Rule, recognise
 from convert.sam_rules import OFFICIAL, SAM_MODELS, sam_shapes
 from convert.sources import Stored, caster
 from sammix_jax.config_files import claim_workdir
+from sammix_jax.data.files import write_json
 from sammix_jax.errors import UserError
 from sammix_jax.models.sam.variants import VARIANTS
 from sammix_jax.weights import load_predictor, read_weights, write_weights
@@ -68,7 +69,7 @@ def test_round_trip_is_bit_equal(table):
     theirs = table.to_theirs(dict(ours))
     assert {k: v.shape for k, v in theirs.items()} == table.key_shapes(shapes)
     source = store(theirs)
-    assert_equal(table.to_ours(shapes, source, KEEP), ours)
+    assert_equal(table.to_ours("", shapes, source, KEEP), ours)
     assert not source  # every key was used, and let go
 
 
@@ -76,7 +77,9 @@ def test_round_trip_is_bit_equal(table):
 def test_classifier_round_trip_is_bit_equal(arch):
     shapes = classifier_shapes(arch)
     ours = random_arrays(shapes)
-    assert_equal(TORCHVISION.to_ours(shapes, store(TORCHVISION.to_theirs(dict(ours))), KEEP), ours)
+    assert_equal(
+        TORCHVISION.to_ours("", shapes, store(TORCHVISION.to_theirs(dict(ours))), KEEP), ours
+    )
 
 
 def test_known_names():
@@ -120,12 +123,12 @@ def test_an_alias_may_repeat_or_replace_but_not_contradict():
     for arrays in (repeated, replaced):
         source = store(arrays)
         assert recognise("x", source, HUGGING_FACE, SAM_MODELS) == "mini"
-        ours = HUGGING_FACE.to_ours(shapes, source, KEEP)
+        ours = HUGGING_FACE.to_ours("", shapes, source, KEEP)
         np.testing.assert_array_equal(
             ours["prompt_encoder/position_encoding/gaussian_matrix"], matrix
         )
     with pytest.raises(UserError, match=f"{re.escape(alias)} and .* differ"):
-        HUGGING_FACE.to_ours(shapes, store(theirs | {alias: matrix + 1}), KEEP)
+        HUGGING_FACE.to_ours("given", shapes, store(theirs | {alias: matrix + 1}), KEEP)
 
 
 def test_a_faulty_table_is_caught():
@@ -202,7 +205,9 @@ def test_a_part_that_was_compiled(tmp_path):
     assert_equal(read_weights(tmp_path / "sam.safetensors")[0], ours)
 
 
-@pytest.mark.parametrize("key", ["blocks.0.attn.qkv.lora_A.default.weight", "a.linear_b_v.weight"])
+@pytest.mark.parametrize(
+    "key", ["blocks.0.attn.qkv.lora_A.default.weight", "a.linear_b_v.weight", "w_b_001"]
+)
 def test_lora_that_is_not_merged(tmp_path, key):
     theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini"))) | {key: np.ones((2, 2), "f4")}
     save_file(theirs, tmp_path / "given.safetensors")
@@ -220,6 +225,59 @@ def test_what_is_known_of_the_images_comes_back_from_a_folder(tmp_path):
     assert {key: found[key] for key in known} == known
 
 
+def test_what_a_folders_configs_say_is_held_against_the_model(tmp_path):
+    """As `save_pretrained` leaves them, which keeps no metadata of ours beside the weights."""
+    theirs = HUGGING_FACE.to_theirs(random_arrays(sam_shapes("mini")))
+    save_file(theirs, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out.safetensors"
+
+    def write(heads=3, **processor):
+        write_json(tmp_path / "config.json", {"vision_config": {"num_attention_heads": heads}})
+        write_json(tmp_path / "preprocessor_config.json", processor)
+
+    write(heads=6)
+    with pytest.raises(UserError, match=r"config\.json: .*heads=6, expected 3"):
+        sam.convert(tmp_path, out)
+    write(do_normalize=False)
+    with pytest.raises(UserError, match=r"do_normalize is false, .*--normalise=unit"):
+        sam.convert(tmp_path / "model.safetensors", out)
+    sam.convert(tmp_path, out, normalise="unit")
+    assert read_weights(out)[1]["normalise"] == "unit"
+    write(do_normalize=True)
+    assert sam.convert(tmp_path, out) == ("mini", [])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "match"),
+    [
+        ({"image_size": "big"}, r"given\.safetensors: says image_size=big, expected a multiple"),
+        ({"normalise": "imagenet"}, "says normalise=imagenet, expected one of unit, minmax, sam"),
+    ],
+)
+def test_what_a_foreign_file_says_of_its_images_is_checked(tmp_path, metadata, match):
+    theirs = HUGGING_FACE.to_theirs(random_arrays(sam_shapes("mini")))
+    save_file(theirs, tmp_path / "given.safetensors", metadata)
+    with pytest.raises(UserError, match=match):
+        sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+
+
+def test_adapters_between_the_layers_are_another_model(tmp_path):
+    key = "image_encoder.blocks.0.Adapter.channel.0.weight"
+    theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini"))) | {key: np.ones((2, 2), "f4")}
+    save_file(theirs, tmp_path / "given.safetensors")
+    with pytest.raises(UserError, match=r"adapters \(.*Adapter\.channel.*another model"):
+        sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+
+
+def test_arrays_of_double_length_are_named(tmp_path):
+    theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini")))
+    key = "mask_decoder.iou_token.weight"
+    save_file(theirs | {key: np.float64(theirs[key])}, tmp_path / "given.safetensors")
+    with pytest.raises(UserError, match=r"given.*: mask_decoder\.iou_token\.weight: .*float64"):
+        sam.convert(tmp_path / "given.safetensors", tmp_path / "hf")
+    sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors", dtype="float32")
+
+
 def test_weights_are_no_whole_numbers(tmp_path):
     theirs = OFFICIAL.to_theirs(random_arrays(sam_shapes("mini")))
     quantised = {key: (10 * array).astype(np.int8) for key, array in theirs.items()}
@@ -235,6 +293,9 @@ def test_what_is_given_stays(tmp_path):
     with pytest.raises(UserError, match="is the input; give another name"):
         sam.convert(path, path, dtype="float16")
     assert path.read_bytes() == before
+    with pytest.raises(UserError, match="is the input; give another name"):
+        classifier.convert(path, path)
+    assert path.read_bytes() == before
 
 
 def test_folders_that_hold_no_one_file(tmp_path):
@@ -243,6 +304,9 @@ def test_folders_that_hold_no_one_file(tmp_path):
             sam.convert(tmp_path, tmp_path / "sam.safetensors")
 
     refused("no model.safetensors")
+    (tmp_path / "adapter_model.safetensors").touch()
+    refused(r"PEFT's adapter_model\.safetensors, which is LoRA alone")
+    (tmp_path / "adapter_model.safetensors").unlink()
     (tmp_path / "checkpoints").mkdir()  # as Lightning has, without a config of ours
     refused("no config.json with checkpoints")
     (tmp_path / "model.safetensors.index.json").touch()

@@ -198,6 +198,8 @@ def test_batch_without_prompts():
     )
     expected = postprocess_masks(low, (26, 64), (40, 100), (SIDE, SIDE))
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+    with pytest.raises(ValueError, match=r"canvas=\(40, 99\): .* expected at least \(40, 100\)"):
+        predict_masks(sam.sam, sam.params, squares, input_sizes, original_sizes, (40, 99))
 
 
 def test_batch_of_an_encoded_image():
@@ -273,6 +275,7 @@ def test_bad_format():
         ({"box": [0, 0, np.inf, 4]}, "box holds NaN or infinity"),
         ({"box": np.zeros((2, 4))}, r"box has shape \(2, 4\); expected \(4,\).*embeddings"),
         ({"mask_input": np.zeros((LOW, LOW))}, r"mask_input .* expected \(1, 32, 32\)"),
+        ({"mask_input": np.full((1, LOW, LOW), np.nan)}, "mask_input holds NaN or infinity"),
     ],
 )
 def test_bad_prompt(given, message):

@@ -60,8 +60,12 @@ def predict_masks(
       low_res_logits: (B, P, M, 4h, 4w) float32.
 
     Raises:
-      ValueError: shapes that do not agree, see `Sam.decode`.
+      ValueError: shapes that do not agree, see `Sam.decode`; outside of jit also a canvas that is
+        too small.
     """
+    if not isinstance(original_sizes, jax.core.Tracer) and (original_sizes > canvas).any():
+        largest = tuple(int(length) for length in original_sizes.max(axis=0))
+        raise ValueError(f"canvas={canvas}: cuts masks off; expected at least {largest}.")
     scale = jnp.asarray(input_sizes, jnp.float32) / original_sizes  # (B, 2), y then x
     scale = scale[:, None, None, ::-1]  # (B, 1, 1, 2), x then y
     if points is not None:

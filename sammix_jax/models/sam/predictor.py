@@ -191,7 +191,8 @@ class SamPredictor:
             raise ValueError(
                 f"point_labels are {np.asarray(point_labels).tolist()}. {_FIX['point_labels']}"
             )
-        for name, value in (("point_coords", point_coords), ("box", box)):
+        numbers = {"point_coords": point_coords, "box": box, "mask_input": mask_input}
+        for name, value in numbers.items():
             if value is not None and not np.isfinite(np.asarray(value, np.float64)).all():
                 raise ValueError(f"{name} holds NaN or infinity. {_FIX[name]}")
 
