@@ -108,7 +108,7 @@ def plot_labels(found: dict[Key, Cell], domains: tuple[str, str], path: pathlib.
                 if (cell := found.get((system, count, domain, headline(system), "dice")))
             }
             axis.errorbar(
-                [count * (1 + 0.012 * (i - len(systems) / 2)) for count in known],
+                [count * (1 + 0.03 * (i - len(systems) / 2)) for count in known],
                 [cell.mean for cell in known.values()],
                 yerr=[cell.std for cell in known.values()],
                 marker="o",
