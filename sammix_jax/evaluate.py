@@ -77,7 +77,7 @@ def evaluate(config, workdir) -> Evaluation:
         known, fault = hosts.for_all(functools.partial(read_labelled, scan, config), scan.image)
         if not fault:
             prediction = predict_volume(predict, variables, known.volume, known.truth, config)
-            found = scan_digests(known, prediction.hu)
+            found = scan_digests(known)
             if kept.get(scan.name, found) != found:
                 fault = (
                     f"{scan.image}: other voxels, or another mask, than when {workdir} was "

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sammix_jax import hosts
 from sammix_jax.config_files import differing_fields
 from sammix_jax.data import datasets, phantom, volumes
+from sammix_jax.data.digests import image_digest, label_digest
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.geometry import kept_slices
 from sammix_jax.data.masks import count_organ_pixels, read_annotation
@@ -146,12 +147,13 @@ def _finished(scan: datasets.Scan, store: Path, fingerprint_of: Callable) -> Sca
 def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
     volume = volumes.read_volume(scan.image, params["default_orientation"])
     depth = volume.hu.shape[0]
-    mask, organ_pixels, annotated = None, (), np.ones(depth, bool)
+    mask, organ_pixels, annotated, known_by = None, (), np.ones(depth, bool), ""
     if scan.label:
         mask, annotated = read_annotation(
             scan.label, volume, scan.label_values, scan.known_values, scan.ignore_value
         )
         organ_pixels = count_organ_pixels(scan.label, mask)
+        known_by = label_digest(volume.affine, mask, organ_pixels, annotated)
     fraction, slice_range = params["central_fraction"], params["slice_range"]
     kept = range(depth) if volume.already_cut else kept_slices(depth, fraction, slice_range)
     if not kept:
@@ -171,6 +173,8 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
         **_paths(scan),
         label_values=scan.label_values,
         fingerprint=_fingerprint(scan, params),
+        image_digest=image_digest(volume.hu),
+        label_digest=known_by,
         shape=volume.hu.shape,
         spacing=volume.spacing,
         affine=tuple(tuple(row) for row in volume.affine.tolist()),

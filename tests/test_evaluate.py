@@ -11,9 +11,10 @@ import pytest
 from sammix_jax import evaluate as evaluation_module
 from sammix_jax.config_files import load_config
 from sammix_jax.data import phantom
+from sammix_jax.data.digests import label_digest
 from sammix_jax.data.files import read_json
 from sammix_jax.data.slices import SliceStore
-from sammix_jax.data.split_files import TrainingScans, digest, training_scans
+from sammix_jax.data.split_files import TrainingScans, training_scans
 from sammix_jax.errors import UserError
 from sammix_jax.evaluate import IncompleteEvaluation, evaluate
 from sammix_jax.evaluation import results as results_module
@@ -229,7 +230,8 @@ def test_scans_without_the_organ_are_not_taken_for_one_another(
     nib.save(nib.Nifti1Image(empty, label.affine, label.header), path)
     next((tmp_path / "scans").glob("segmentation-2.*")).unlink()
     depth = label.shape[2]
-    alike = digest(label.shape[::-1], label.affine.tolist(), [0] * depth)
+    none = np.zeros(label.shape[::-1], bool)
+    alike = label_digest(label.affine, none, np.zeros(depth), np.ones(depth, bool))
     trained = TrainingScans(frozenset({alike}), frozenset({alike}), hdf5=False)
     monkeypatch.setattr(evaluation_module, "training_scans", lambda *_: trained)
     results = evaluate(config, run).results
@@ -277,7 +279,7 @@ def test_refusals(run, config):
     with pytest.raises(UserError, match=r"/moved/.*no such file, as of all .*--mode=prepare"):
         evaluate(config, run)
     for scan in manifest["scans"]:
-        scan["organ_pixels"] = [2 * n for n in scan["organ_pixels"]]  # prepared for another organ
+        scan["label_digest"] = "prepared for another organ"
     (run / "store" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"have other voxels or masks there than when .* trained"):
         evaluate(config, run)

@@ -96,7 +96,7 @@ def _score(layout: Layout, exported: dict) -> Evaluation:
         prediction = as_prediction(mask, known.volume, config)
         cases += score_scan(known, prediction, (PROTOCOL,), at_paper_side)
         guidance.append(Guidance(known.organ_pixels > 0, None, None, None))
-        found = scan_digests(known, prediction.hu)
+        found = scan_digests(known)
         digests[known.name] = "-".join(found)
         if trained.digests.intersection(found):
             seen.append(known.name)

@@ -18,7 +18,7 @@ from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 
 MANIFEST, SCAN = "manifest.json", "scan.json"
-VERSION = 3
+VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ScanRecord:
       name, image, label, label_values, ignore_value: as in `datasets.Scan`; paths as strings, label
         "" if none.
       fingerprint: size and modification time of the files, by which a changed scan is noticed.
+      image_digest, label_digest: by what they are known again (`digests.py`); "" of no label.
       shape, spacing: (D, H, W) of the canonical volume; mm.
       affine: (4, 4) of the file, row by row.
       axcodes, oriented: the file's orientation, and whether the file itself tells it.
@@ -45,6 +46,8 @@ class ScanRecord:
     label: str
     label_values: tuple[int, ...]
     fingerprint: str
+    image_digest: str
+    label_digest: str
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     affine: tuple[tuple[float, ...], ...]

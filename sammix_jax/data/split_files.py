@@ -1,14 +1,9 @@
 """What a workdir keeps of its data: the split, the labelled slices, and how to know its scans."""
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Collection
 
-import numpy as np
-
-from sammix_jax import hosts
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.hdf5 import is_hdf5
 from sammix_jax.data.paths import Path, as_path
@@ -35,7 +30,7 @@ class TrainingScans:
     """What the scans that trained a workdir are known by.
 
     Attributes:
-      digests: `image_digest` of each, and `digest` of the labelled ones.
+      digests: of each one's image, and of the masks of the labelled ones.
       chose: the same of those that chose its checkpoint.
       hdf5: whether they are HDF5 files, whose copies in NIfTI have other digests.
     """
@@ -77,6 +72,7 @@ def load_or_draw(config, store: SliceStore, workdir) -> tuple[Split, list[SliceI
     else:
         data = config.data
         split = split_scans(labelled, data.split, data.seed, data.patient, partly)
+    _refuse_copies(split, store)
     labels_path = _first_file(workdir / LABELS, config.data.labels_file)
     if labels_path:
         labels = _read_labels(labels_path, store, split)
@@ -96,13 +92,11 @@ def keep(split: Split, labels: list[SliceId], store: SliceStore, workdir) -> Non
     # The canonical slice index, which still holds for a store of other slices.
     slices = [{"scan": s.scan, "slice": store.records[s.scan].slices[s.position]} for s in labels]
     write_json(workdir / LABELS, slices)
-    # What the run was begun on stays, whatever was added since. To know the images each is read,
-    # which the process alone does that writes.
-    if not hosts.is_first() or (workdir / IMAGES).exists():
+    if (workdir / IMAGES).exists():  # what the run was begun on, whatever was added since
         return
-    write_json(workdir / SCANS, _digests(store))
+    write_json(workdir / SCANS, _label_digests(store))
     images = {
-        name: {"file": record.image, "digest": _image_digest(store, name)}
+        name: {"file": record.image, "digest": record.image_digest}
         for name, record in store.records.items()
     }
     write_json(workdir / IMAGES, images)
@@ -151,7 +145,7 @@ def training_scans(config, workdir) -> TrainingScans:
 
 
 def kept_digests(workdir) -> dict[str, tuple[str, str]]:
-    """`digest` and `image_digest` of the labelled scans that a workdir was begun on, by name."""
+    """Digests of mask and image of the labelled scans that a workdir was begun on, by name."""
     workdir = as_path(workdir)
     labelled, images = read_json(workdir / SCANS), read_json(workdir / IMAGES)
     return {name: (labelled[name], images[name]["digest"]) for name in labelled}
@@ -168,38 +162,15 @@ def changed_scans(store: SliceStore, workdir, names: Collection[str] | None = No
     workdir = as_path(workdir)
     if not (workdir / SCANS).exists():
         return []
-    begun, now = read_json(workdir / SCANS), _digests(store)
+    begun, now = read_json(workdir / SCANS), _label_digests(store)
     images = read_json(workdir / IMAGES) if (workdir / IMAGES).exists() else {}
 
     def changed(name: str) -> bool:
         if begun[name] != now.get(name):
             return True
-        return name in images and images[name]["digest"] != _image_digest(store, name)
+        return name in images and images[name]["digest"] != store.records[name].image_digest
 
     return sorted(filter(changed, begun if names is None else begun.keys() & set(names)))
-
-
-def digest(shape, affine, organ_pixels) -> str:
-    """What tells labelled scans apart, whatever their files' names and dates.
-
-    Args:
-      shape: (D, H, W) of the canonical volume.
-      affine: (4, 4) of the file, nested sequences.
-      organ_pixels: of each stored slice.
-    """
-    about = [list(shape), [list(row) for row in affine], [int(n) for n in organ_pixels]]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-
-
-def image_digest(shape, middle: np.ndarray) -> str:
-    """What tells scans apart by their images alone, whatever their masks, affines and files.
-
-    Args:
-      shape: (D, H, W) of the canonical volume.
-      middle: (S, S) int16 HU on the store's grid, the slice at position N // 2 of the N kept ones.
-    """
-    about = json.dumps([int(n) for n in shape]).encode() + np.asarray(middle, "<i2").tobytes()
-    return hashlib.sha256(about).hexdigest()[:16]
 
 
 def _first_file(kept: Path, given: str) -> Path | None:
@@ -207,17 +178,8 @@ def _first_file(kept: Path, given: str) -> Path | None:
     return kept if kept.exists() else as_path(given) if given else None
 
 
-def _digests(store: SliceStore) -> dict[str, str]:
-    return {
-        name: digest(record.shape, record.affine, record.organ_pixels)
-        for name, record in store.records.items()
-        if record.has_label
-    }
-
-
-def _image_digest(store: SliceStore, name: str) -> str:
-    slices = store.slices(name)
-    return image_digest(store.records[name].shape, store.hu(slices[len(slices) // 2]))
+def _label_digests(store: SliceStore) -> dict[str, str]:
+    return {name: r.label_digest for name, r in store.records.items() if r.has_label}
 
 
 def _refuse_other_scans(store: SliceStore, workdir: Path, taught: bool) -> None:
@@ -232,6 +194,20 @@ def _refuse_other_scans(store: SliceStore, workdir: Path, taught: bool) -> None:
             f"{workdir}: begun on other scans: {', '.join(other[:5])} changed, vanished or joined "
             "since; give another --workdir, or bring back the scans as they were."
         )
+
+
+def _refuse_copies(split: Split, store: SliceStore) -> None:
+    """One image under two names would train the model that it scores."""
+    first: dict[str, tuple[str, str]] = {}
+    for part in PARTS:
+        for name in split.part(part):
+            other, where = first.setdefault(store.records[name].image_digest, (name, part))
+            if where != part:
+                raise UserError(
+                    f"{store.records[name].image}: the same image as {store.records[other].image}, "
+                    f"which is in {where} where this one is in {part}; remove one of them, or put "
+                    "both in one part (data.split_file)."
+                )
 
 
 def _read_split(path: Path, labelled: set[str]) -> Split:

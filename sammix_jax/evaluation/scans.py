@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sammix_jax.data import datasets, volumes
+from sammix_jax.data.digests import image_digest, label_digest
 from sammix_jax.data.geometry import kept_slices
 from sammix_jax.data.masks import count_organ_pixels, read_annotation
 from sammix_jax.data.paths import as_path
 from sammix_jax.data.slices import ScanRecord, SliceStore
-from sammix_jax.data.split_files import changed_scans, digest, image_digest, kept_split
+from sammix_jax.data.split_files import changed_scans, kept_split
 from sammix_jax.data.splits import Split
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError, listed
@@ -210,16 +211,10 @@ def read_labelled(scan: datasets.Scan, config) -> LabelledScan:
     return LabelledScan(scan.name, volume, truth, count_organ_pixels(scan.label, truth), slices)
 
 
-def scan_digests(scan: LabelledScan, hu: np.ndarray) -> tuple[str, str]:
-    """With the mask, and of the image alone; as preparing and training know the scan.
-
-    Args:
-      scan: of D slices.
-      hu: (D, S, S) int16, its slices on the store's grid.
-    """
-    shape, kept = scan.truth.shape, scan.kept or range(len(scan.truth))
-    organ_pixels = scan.organ_pixels[scan.kept.start : scan.kept.stop]
+def scan_digests(scan: LabelledScan) -> tuple[str, str]:
+    """Of its mask, and of its image; as preparing and training know the scan."""
+    throughout = np.ones(len(scan.truth), bool)
     return (
-        digest(shape, scan.volume.affine.tolist(), organ_pixels),
-        image_digest(shape, hu[kept[len(kept) // 2]]),
+        label_digest(scan.volume.affine, scan.truth, scan.organ_pixels, throughout),
+        image_digest(scan.volume.hu),
     )

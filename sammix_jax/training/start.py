@@ -105,10 +105,10 @@ def _of_files(leaves: dict, config) -> dict[str, np.ndarray]:
 def _of_workdir(leaves: dict, config) -> tuple[dict[str, np.ndarray], int]:
     workdir = config.model.start_from
     begun = load_config(workdir)
-    if differing := differing_fields(*(_of_slices(c) for c in (begun, config))):
+    shown = (preprocessing(json.loads(c.to_json())) for c in (begun, config))
+    if differing := differing_fields(*shown):
         _LOG.warning(
-            "model.start_from=%s: trained with %s. Scans are known by their slices, so those that "
-            "trained it may not be known again.",
+            "model.start_from=%s: trained with %s, so that slices looked otherwise to it.",
             workdir,
             ", ".join(differing),
         )
@@ -128,9 +128,3 @@ def _of_workdir(leaves: dict, config) -> tuple[dict[str, np.ndarray], int]:
         }
         values |= fill(leaves, below, prefix, source=workdir, may_lack=(LORA,))
     return values, model.step
-
-
-def _of_slices(config) -> dict:
-    """How slices become the network's input, and which of a scan's there are."""
-    kept = {f"data.{name}": config.data[name] for name in ("central_fraction", "slice_range")}
-    return preprocessing(json.loads(config.to_json())) | kept

@@ -10,7 +10,6 @@ from sammix_jax.data.geometry import slice_geometry
 from sammix_jax.data.slices import ScanRecord, SliceStore
 from sammix_jax.data.split_files import (
     changed_scans,
-    image_digest,
     keep,
     load_or_draw,
     training_scans,
@@ -31,6 +30,8 @@ def fake_store(tmp_path, scans=8, slices=10, unlabelled=1):
             label="" if n >= scans - unlabelled else "mask",
             label_values=(1,),
             fingerprint="",
+            image_digest=f"image {n}",
+            label_digest="" if n >= scans - unlabelled else f"mask {n}",
             shape=(slices, 8, 8),
             spacing=(1.0, 1.0, 1.0),
             affine=tuple(map(tuple, np.eye(4).tolist())),
@@ -168,7 +169,7 @@ def test_a_workdir_knows_its_scans(tmp_path, config):
     config.data.labelled_slices = 4
     keep(*load_or_draw(config, store, tmp_path), store, tmp_path)
     record = store.records["volume-2"]
-    store.records["volume-2"] = dataclasses.replace(record, organ_pixels=(1,) * 10)
+    store.records["volume-2"] = dataclasses.replace(record, label_digest="corrected")
     with pytest.raises(UserError, match="begun on other scans: volume-2"):
         load_or_draw(config, store, tmp_path)
 
@@ -179,13 +180,29 @@ def test_a_workdir_knows_its_images(tmp_path, config):
     config.data.labelled_slices = 4
     keep(*load_or_draw(config, store, tmp_path), store, tmp_path)
     assert changed_scans(store, tmp_path) == []
-    path = store.root / "scans" / "volume-2" / "hu.npy"
-    np.save(path, np.load(path) + np.int16(1024))
-    again = SliceStore(store.root, store.params, list(store.records.values()))
-    assert changed_scans(again, tmp_path) == ["volume-2"]
-    assert changed_scans(again, tmp_path, ["volume-1", "volume-3"]) == []
+    record = store.records["volume-2"]
+    store.records["volume-2"] = dataclasses.replace(record, image_digest="of another export")
+    assert changed_scans(store, tmp_path) == ["volume-2"]
+    assert changed_scans(store, tmp_path, ["volume-1", "volume-3"]) == []
     with pytest.raises(UserError, match="begun on other scans: volume-2"):
-        load_or_draw(config, again, tmp_path)
+        load_or_draw(config, store, tmp_path)
+
+
+def test_one_image_in_two_parts_is_refused(tmp_path, config):
+    store = fake_store(tmp_path)
+    config.data.labelled_slices = 4
+    split, _ = load_or_draw(config, store, tmp_path)
+    (trains, other), test = split.train[:2], split.test[0]
+    digest = store.records[trains].image_digest
+
+    def copied(name):
+        return dataclasses.replace(store.records[name], image_digest=digest, image=f"{name}.nii")
+
+    store.records[other] = copied(other)
+    assert load_or_draw(config, store, tmp_path)[0] == split  # of one part they may be
+    store.records[test] = copied(test)
+    with pytest.raises(UserError, match=rf"^{test}\.nii: the same image .* train where .* test"):
+        load_or_draw(config, store, tmp_path)
 
 
 def test_what_a_teacher_teaches_on_stays_the_same(tmp_path, config):
@@ -217,8 +234,7 @@ def test_every_scan_that_trains_is_known_by_its_image(tmp_path, config, weight):
 
     trained = training_scans(config, tmp_path)
     for name in store.records:
-        middle = np.load(tmp_path / "store" / "scans" / name / "hu.npy")[5]
-        assert (image_digest((10, 8, 8), middle) in trained.digests) == (name in names)
+        assert (store.records[name].image_digest in trained.digests) == (name in names)
     digests = json.loads((tmp_path / "scans.json").read_text())
     assert trained.digests >= {digests[name] for name in split.train}
     assert not trained.hdf5

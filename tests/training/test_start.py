@@ -36,7 +36,7 @@ def test_it_has_the_trained_model_and_knows_its_scans(workdir, start, tmp_path, 
     check_weight_files(start)
     run = tmp_path / "run"
     train(start, run, SliceStore.open(workdir / "store"))
-    assert "trained with input.window=[-160.0, 240.0] (now [-100.0, 200.0]). Scans" in caplog.text
+    assert "trained with input.window=[-160.0, 240.0] (now [-100.0, 200.0]), so that" in caplog.text
     before, after = (load_model(load_config(place), place).variables for place in (workdir, run))
     jax.tree.map(np.testing.assert_array_equal, before, after)
     begun = read_json(run / BEGUN_FROM)
