@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from sammix_jax.errors import UserError
 
 TERMINATED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM stopped
+_ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
 def join(multihost: bool | None = None) -> None:
@@ -153,7 +154,8 @@ def to_host(tree):
 
 
 class Termination:
-    """Notices SIGTERM, which schedulers send before they take a machine away; a context manager.
+    """Notices SIGTERM, which schedulers send before they take a machine away, and of a run of one
+    process Ctrl-C, which a second one makes end at once; a context manager.
 
     Args:
       start: the step that the run begins or goes on from.
@@ -163,13 +165,13 @@ class Termination:
         self._start = start
 
     def __enter__(self):
-        self._asked = False
+        self._asked, self._ends = False, Terminated
         # Of several processes JAX's own handler tells every one, so that all stop at one step.
         self._alone = jax.process_count() == 1
         # Python lets the main thread alone handle signals.
         self._handles = self._alone and threading.current_thread() is threading.main_thread()
         if self._handles:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+            self._before = {number: signal.signal(number, self._ask) for number in _ASKING}
         if not self._alone and self._start > 0:
             # JAX has all stop at the step after the highest that any has told it of. Of a signal
             # that came before, while the state was read, that is 1: a step of long ago. Asked
@@ -182,9 +184,15 @@ class Termination:
 
     def __exit__(self, *_):
         if self._handles:
-            signal.signal(signal.SIGTERM, self._before)
+            for number, before in self._before.items():
+                signal.signal(number, before)
 
-    def _ask(self, *_):
+    def _ask(self, number, *_):
+        if number == signal.SIGINT:
+            if self._asked:  # for the second time
+                raise KeyboardInterrupt
+            self._ends = KeyboardInterrupt
+            print("\nstops once the state is saved; Ctrl-C again: at once", file=sys.stderr)
         self._asked = True
 
     def asked(self, step: int) -> bool:
@@ -192,6 +200,11 @@ class Termination:
         if self._alone or self._asked:
             return self._asked
         return multihost_utils.reached_preemption_sync_point(step)
+
+    def ending(self, told: str) -> BaseException:
+        """What ends a run that has saved its state, as it was asked to: Terminated, or where that
+        was from the keyboard KeyboardInterrupt."""
+        return self._ends(told)
 
     def asked_alone(self) -> bool:
         """Whether a run of one process was asked; of several, no process may stop on its own."""
@@ -208,6 +221,16 @@ def let_sigterm_end() -> None:
         first = os.getpid() == 1
         ends = (lambda *_: os._exit(TERMINATED)) if first else signal.SIG_DFL
         signal.signal(signal.SIGTERM, ends)
+
+
+def end_interrupted() -> int:
+    """Ends the process as Ctrl-C does, so that a shell ends its loop too; gives an exit code where
+    the system spares the first process of a container."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+    return 128 + signal.SIGINT
 
 
 def leave(code: int) -> int:

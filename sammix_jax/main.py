@@ -67,6 +67,9 @@ def main(argv) -> int:
     except hosts.Terminated as stopped:
         print(f"{stopped}; run the same command to go on.", file=sys.stderr)
         return hosts.TERMINATED
+    except KeyboardInterrupt as stopped:
+        print(f"{str(stopped) or 'stopped'}; run the same command to go on.", file=sys.stderr)
+        return hosts.end_interrupted()
     except UserError as error:
         return hosts.leave(options.fail(str(error)))
     except Exception as error:

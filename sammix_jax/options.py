@@ -102,9 +102,9 @@ def parse(argv):
         sys.exit(fail(_no_such_field(error)))
     except UserError as error:
         sys.exit(fail(str(error)))
-    except OSError:
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
-        sys.exit(fail(f"--config={file}: cannot be loaded; there are some in configs/."))
+    except OSError:  # before absl knows the flag's value
+        given = " ".join(argv).partition("--config")[2].lstrip("= ").partition(" ")[0]
+        sys.exit(fail(f"--config={given}: no such file; there are some in configs/."))
 
 
 def config_for(mode: str, workdir: Path | None):

@@ -1,6 +1,7 @@
 """The command line as a user types it."""
 
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -224,6 +225,14 @@ def test_a_lack_of_room_is_told(tmp_path, error, message):
     assert message in done.stderr
 
 
+def test_ctrl_c_ends_as_a_shell_expects_it(tmp_path):
+    script = FULL.format("KeyboardInterrupt")
+    command = [sys.executable, "-c", script, "--mode=evaluate", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == "stopped; run the same command to go on.\n"
+
+
 CROSS_DOMAIN = "--config=configs/totalsegmentator.py"
 
 
@@ -287,6 +296,10 @@ def test_mistakes_in_naming_the_config(trained):
     folder, _ = trained
     made = run("--config=configs/nowhere.py", f"--workdir={folder}")
     assert made.returncode == 1 and "configs/nowhere.py: no such file" in made.stderr
+    for options in (["--config=nowhere.py"], ["--config", "nowhere.py"]):
+        made = run(*options, "--config.seed=1", f"--workdir={folder}")
+        assert made.returncode == 1 and "--config=nowhere.py: no such file" in made.stderr
+        assert "Traceback" not in made.stderr
     for more in ([], ["--config.train.steps=4"], ["--mode=evaluate"]):
         preset = run("--config=configs/lits.py:papr", f"--workdir={folder}", *more)
         assert preset.returncode == 1 and "Traceback" not in preset.stderr

@@ -58,7 +58,7 @@ def run_steps(
 
     Raises:
       UserError: a number that is not finite.
-      hosts.Terminated: SIGTERM, once the state is saved.
+      hosts.Terminated: SIGTERM, once the state is saved; at Ctrl-C KeyboardInterrupt.
     """
     start = int(state.step)
     save_steps = save_interval(config.checkpoint.every_steps)
@@ -137,7 +137,7 @@ def run_steps(
                 with timer.part("checkpoint"):
                     checkpoints.wait()
             if stop:
-                raise hosts.Terminated(f"stopped after step {done} of {steps}, which is saved")
+                raise termination.ending(f"stopped after step {done} of {steps}, which is saved")
     return state
 
 

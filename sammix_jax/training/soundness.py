@@ -1,7 +1,11 @@
 """Whether a checkpoint is whole and of this run: its shapes, its checksums, and what went wrong."""
 
+import contextlib
 import functools
+import gc
+import inspect
 import re
+import sys
 from collections.abc import Callable
 
 import jax
@@ -46,12 +50,13 @@ def unsealed(read: Callable[[dict], dict], like: dict, folder) -> dict:
       UserError: it cannot be read for now; or what `read` raised.
     """
     fault = None
-    try:
-        seal = {"seal": jax.eval_shape(checksums, like)}
-        seal = abstract(seal, replicated(jax.tree.leaves(like)[0].sharding.mesh))
-        restored = read(like | seal)
-    except Exception as error:  # Orbax raises this very class, among others
-        fault = error
+    with _unfinished_reads_untold():
+        try:
+            seal = {"seal": jax.eval_shape(checksums, like)}
+            seal = abstract(seal, replicated(jax.tree.leaves(like)[0].sharding.mesh))
+            restored = read(like | seal)
+        except Exception as error:  # Orbax raises this very class, among others
+            fault = error
     if hosts.any_process(fault is not None):  # a part that only one of them reads
         passing = hosts.any_process(is_passing(fault))
         if isinstance(fault, UserError):
@@ -66,6 +71,19 @@ def unsealed(read: Callable[[dict], dict], like: dict, folder) -> dict:
     if not np.array_equal(restored.pop("seal"), checksums(restored)):
         raise Damaged("holds other values than were saved")
     return restored
+
+
+@contextlib.contextmanager
+def _unfinished_reads_untold():
+    """At a fault Orbax leaves the reads of all other arrays as they are. As they are collected,
+    Python would tell of each, thousands of lines under which the fault is lost."""
+    untold = sys.unraisablehook
+    sys.unraisablehook = lambda left: None if inspect.iscoroutine(left.object) else untold(left)
+    try:
+        yield
+        gc.collect()
+    finally:
+        sys.unraisablehook = untold
 
 
 @jax.jit

@@ -1,8 +1,10 @@
 """A run that is stopped at any moment, by any signal, goes on where it was."""
 
+import os
 import pathlib
 import random
 import re
+import signal
 import time
 
 import pytest
@@ -90,13 +92,18 @@ def test_killed_at_any_moment_it_loses_one_interval_at_most(run, tmp_path):
     assert reached > KILLS
 
 
-def test_terminated_it_saves_the_very_step(run, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, TERMINATED), (signal.SIGINT, -signal.SIGINT)]
+)
+def test_asked_to_stop_it_saves_the_very_step(run, tmp_path, number, code):
+    """By a scheduler, or by Ctrl-C, of which a shell hears too."""
     process = run()
     wait_for_steps(process, tmp_path, after=2 * INTERVAL)
-    process.terminate()
+    os.kill(process.pid, number)
     process.join(600)
     output = printed(tmp_path)
-    assert process.exitcode == TERMINATED, output
+    assert process.exitcode == code, output
+    assert "Traceback" not in output
     stopped = int(re.search(r"stopped after step (\d+) of 1000000, which is saved", output)[1])
     assert "run the same command to go on" in output
     with Checkpoints(tmp_path) as checkpoints:
