@@ -134,7 +134,9 @@ def _train(config, workdir: Path) -> None:
     trained = train.train(config, workdir, store, scored=options.EVALUATE.value)
     hosts.let_sigterm_end()
     if not options.EVALUATE.value:
-        print(f"trained     {workdir}; --mode=evaluate scores it, --mode=predict segments with it")
+        scorable = config.evaluate.root or kept_split(workdir).part(config.evaluate.part)
+        scores = "--mode=evaluate scores it, " if scorable else ""
+        print(f"trained     {workdir}; {scores}--mode=predict segments with it")
         return
     found = None if trained else results.saved_results(config, workdir)
     if found is None or not (results.results_folder(config, workdir) / report.PAGE).exists():

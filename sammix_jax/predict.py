@@ -18,6 +18,7 @@ from sammix_jax.data.hdf5 import is_hdf5
 from sammix_jax.data.masks import file_voxels, write_mask
 from sammix_jax.data.nifti import is_nifti, read_nifti, stem
 from sammix_jax.data.paths import Path, as_path, find_in, is_remote, resolved
+from sammix_jax.data.scan_files import tell_of_other_formats
 from sammix_jax.data.split_files import IMAGES
 from sammix_jax.errors import UserError, listed
 from sammix_jax.evaluation import figures
@@ -212,6 +213,7 @@ def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
             for scan in find_in(source, "*")
             if is_nifti(scan) and not scan.name.startswith(NO_SCANS)
         ]
+        tell_of_other_formats(find_in(source, "*"))
         if not pairs:
             raise UserError(
                 f"--input={source}: no scans there, expected .nii or .nii.gz files side by side, "

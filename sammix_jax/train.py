@@ -96,25 +96,26 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
         checkpoints.save_config(config)
         checkpoints.save_frozen(state)
         start = int(state.step)
-        _LOG.info(
-            "training from step %d to %d: %d slices lend masks (data.labelled_slices=%d; 0: all), "
-            "%d others do not; %s trained of %s parameters, on %d %s device(s)",
-            start,
-            steps,
-            len(labelled),
-            config.data.labelled_slices,
-            len(others),
-            f"{_count(like.trainable):,}",
-            f"{_count(like.trainable) + _count(like.frozen):,}",
-            mesh.size,
-            mesh.devices.flat[0].platform,
-        )
         owes = bool(split.val) and owes_validation(config, workdir, start, steps)
         if start >= steps and not owes:
             if not steps:  # the weights as they are loaded are what is to be scored
                 checkpoints.save(state, 0)
                 checkpoints.wait()
             return False
+        _LOG.info(
+            "training from step %d to %d: %d slices lend masks (%s), %d others do not; %s trained "
+            "of %s parameters, on %d %s device(s)",
+            start,
+            steps,
+            len(labelled),
+            config.data.labels_file
+            or f"data.labelled_slices={config.data.labelled_slices}; 0: all",
+            len(others),
+            f"{_count(like.trainable):,}",
+            f"{_count(like.trainable) + _count(like.frozen):,}",
+            mesh.size,
+            mesh.devices.flat[0].platform,
+        )
 
         # ---- Step
         train_step = jit_train_step(system, optimiser, config, layout, mesh, sharding)

@@ -12,12 +12,15 @@ unlabelled scan; a mask without a scan is an error.
 """
 
 import dataclasses
+import logging
 
 from sammix_jax.data import hdf5
 from sammix_jax.data.decathlon import find_decathlon
 from sammix_jax.data.paths import Path, as_path, find_below, find_in
 from sammix_jax.data.scan_files import Scan, by_name, natural, refuse_orphans
 from sammix_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 LITS_ORGANS = {"liver": (1, 2), "tumour": (2,)}
 CASE_IMAGES = ("ct.nii.gz", "ct.nii")  # TotalSegmentator's, in a folder for each case
@@ -54,9 +57,10 @@ def find_scans(
         raise UserError(f"{field}={root}: no such folder; give the folder that holds the scans.")
     inside = find_in(root, "*")
     values = tuple(label_values)
-    for find in (find_decathlon, _find_totalsegmentator, _find_lits, _find_hdf5):
+    for layout, find in _LAYOUTS.items():
         scans = find(root, organ, values)
         if scans:
+            _LOG.info("%s: %d scans, in the layout of %s", root, len(scans), layout)
             break
     else:
         found = [p.name for p in inside[:5]]
@@ -96,9 +100,9 @@ def _ignoring(scan: Scan, value: int, field: str) -> Scan:
 
 
 def _find_lits(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
-    images = by_name(find_below(root, "volume-*.nii*"), lambda s: s.removeprefix("volume-"))
+    images = by_name(find_below(root, "volume-*.*"), lambda s: s.removeprefix("volume-"))
     labels = by_name(
-        find_below(root, "segmentation-*.nii*"), lambda s: s.removeprefix("segmentation-")
+        find_below(root, "segmentation-*.*"), lambda s: s.removeprefix("segmentation-")
     )
     if not images and not labels:
         return []  # test volumes alone are no data set
@@ -128,9 +132,19 @@ def _find_totalsegmentator(root: Path, organ: str, given: tuple[int, ...]) -> li
     scans, organs = [], set()
     for image in images:
         folder = image.parent / "segmentations"
-        masks = by_name(find_in(folder, "*.nii*"), str)
+        masks = by_name(find_in(folder, "*"), str.lower)
         organs |= set(masks)
-        scans.append(Scan(image.parent.name, image, masks.get(organ), known_values=(0, 1)))
+        scans.append(Scan(image.parent.name, image, masks.get(organ.lower()), known_values=(0, 1)))
+    if images:
+        cases = {image.parent for image in images}
+        others = [p for p in root.iterdir() if p not in cases and p.is_dir() and p.name[0] != "."]
+        if others:
+            _LOG.warning(
+                "%d folders are left out, for they have no %s, such as %s.",
+                len(others),
+                CASE_IMAGES[0],
+                min(others),
+            )
     if organs and not any(scan.label for scan in scans):
         raise UserError(
             f"data.organ={organ}: no scan below {root} has segmentations/{organ}.nii.gz; there are "
@@ -144,3 +158,12 @@ def _find_hdf5(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
     if files:
         hdf5.import_h5py(files[0])  # told once, not for every scan
     return [Scan(path.stem, path, path, (1, 2), (0, 1, 2)) for path in files]
+
+
+# In this order: what lies about in the folders of one may be named as another's.
+_LAYOUTS = {
+    "the Decathlon and nnU-Net": find_decathlon,
+    "TotalSegmentator": _find_totalsegmentator,
+    "LiTS": _find_lits,
+    "the authors' HDF5": _find_hdf5,
+}

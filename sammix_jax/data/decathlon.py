@@ -29,7 +29,9 @@ def find_decathlon(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]
     Raises:
       UserError: as `datasets.find_scans`.
     """
-    if root.name == "imagesTs" and (root.parent / "labelsTs").is_dir():
+    if root.name == "imagesTs":
+        if not (root.parent / "labelsTs").is_dir():
+            raise UserError(f"{root}: no labelsTs beside it, which its masks are expected in.")
         return _find_decathlon_tests(root.parent, organ, given)
     if not (root / "imagesTr").is_dir():
         return []
@@ -38,7 +40,8 @@ def find_decathlon(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]
     values, known, ignore = (
         _decathlon_values(root, organ.lower(), given) if labels else ((1,), (), None)
     )
-    refuse_orphans(images, labels, "imagesTr/{}.nii.gz")
+    channel = "_0000" if case_name is _case_name else ""
+    refuse_orphans(images, labels, f"imagesTr/{{}}{channel}.nii.gz")
     repeated = sorted(set(images) & set(unlabelled))
     if repeated:
         raise UserError(

@@ -111,9 +111,9 @@ def read_annotation(
     if known_values and not (known := ignored | _is_any(voxels, known_values)).all():
         raise UserError(
             f"{path}: the mask holds the values {np.unique(voxels[~known])[:5].tolist()}, expected "
-            f"{known_values} with {label_values} for the organ; relabel the mask, which must be "
-            "annotated throughout, or name the organ's values with label_values, and the value of "
-            "voxels that nobody annotated with ignore_value."
+            f"{known_values} with {label_values} for the organ; relabel the mask, or name all of "
+            "the organ's values with label_values, as in --config.data.label_values='(1, 255)', "
+            "and the one of voxels that nobody annotated with ignore_value."
         )
     organ = _is_any(voxels, label_values)
     return Annotation(

@@ -86,7 +86,8 @@ def read_nifti(path: Path) -> Nifti:
     """
     if not is_nifti(path):
         raise UserError(
-            f"{path}: expected a NIfTI file (.nii or .nii.gz); convert DICOM with dcm2niix."
+            f"{path}: expected a NIfTI file (.nii or .nii.gz, in small letters); convert DICOM "
+            "with dcm2niix."
         )
     try:
         if not path.exists():
@@ -106,9 +107,10 @@ def read_nifti(path: Path) -> Nifti:
             "no such large scan the header is damaged: copy or export the file again."
         ) from error
     except _UNREADABLE as error:
+        zipped = isinstance(error, gzip.BadGzipFile)
         raise UserError(
             f"{path}: cannot be read as NIfTI ({error}); the file is truncated or damaged, copy or "
-            "export it again."
+            f"export it again{', or it is not compressed: rename it to .nii' * zipped}."
         ) from error
     if voxels.ndim > 3 and set(voxels.shape[3:]) == {1}:
         voxels = voxels.reshape(voxels.shape[:3], order="F")  # one phase of one channel

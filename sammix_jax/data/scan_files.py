@@ -1,11 +1,20 @@
 """A scan on disk, and how scans and masks are paired by their names."""
 
 import dataclasses
+import logging
 import re
+from collections.abc import Iterable
 
 from sammix_jax.data.nifti import is_nifti, stem
 from sammix_jax.data.paths import Path
 from sammix_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+# Of images that are not read, those named .NII among them.
+OTHER_FORMATS = re.compile(
+    r"\.(nii|mha|mhd|nrrd|nhdr|hdr|img|mgz|mgh|gipl|dcm)(\.(gz|bz2|zip))?$", re.IGNORECASE
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +43,12 @@ def natural(name: str) -> list:
 
 
 def by_name(paths, key) -> dict[str, Path]:
-    """NIfTI files by the key of their names; the same key twice is an error."""
+    """NIfTI files by the key of their names; the same key twice is an error, and images of other
+    formats are told."""
     found: dict[str, Path] = {}
-    for path in sorted(paths):
+    paths = sorted(paths)
+    tell_of_other_formats(paths)
+    for path in paths:
         # Hidden files are what macOS archives and interrupted writes leave behind.
         if not is_nifti(path) or path.name.startswith("."):
             continue
@@ -45,6 +57,18 @@ def by_name(paths, key) -> dict[str, Path]:
             raise UserError(f"{path} and {found[name]} are both scan {name}; keep one of them.")
         found[name] = path
     return found
+
+
+def tell_of_other_formats(paths: Iterable[Path]) -> None:
+    """Warns of files that seem to be scans or masks, and are left out."""
+    others = [p for p in paths if OTHER_FORMATS.search(p.name) and not p.name.startswith(".")]
+    if others := [path for path in others if not is_nifti(path)]:
+        _LOG.warning(
+            "%d files are left out, for their names do not end in .nii or .nii.gz, such as %s: "
+            "rename them, or convert what is no NIfTI (SimpleITK reads and writes most formats).",
+            len(others),
+            others[0],
+        )
 
 
 def refuse_orphans(images: dict, labels: dict, expected: str) -> None:

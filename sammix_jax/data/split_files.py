@@ -271,6 +271,11 @@ def _read_labels(path: Path, store: SliceStore, split: Split) -> list[SliceId]:
                 f"{path}: slice {index} of {scan} is not annotated throughout; annotate it or "
                 "leave it out."
             )
+        if not store.image_label(labels[-1]):
+            raise UserError(
+                f"{path}: slice {index} of {scan} does not show {store.params['organ']}, and "
+                "teaches that without lending its mask; leave it out."
+            )
     if not labels:
         raise UserError(f"{path}: names no slice; expected at least one labelled slice.")
     return labels

@@ -144,7 +144,7 @@ def draw_labelled_slices(
         raise UserError(
             f"data.labelled_slices={count}: the {len(scans)} training scans show "
             f"data.organ={store.params['organ']} on {len(positive)} slices with masks; ask for "
-            "fewer or add scans."
+            "fewer, take all of them by 0, or add scans."
         )
     if count == 0:
         return positive

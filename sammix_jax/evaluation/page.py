@@ -74,7 +74,7 @@ mask that are kept: {component}.</p>
 
 <h2>To compare with the paper: slices with the organ, 256×256 pixels</h2>
 {slices}
-<p>Each scan's mean over its slices that show the organ, within the central part that was kept for
+<p>Each scan's mean over its slices that show the organ, within the slices that are kept for
 training: Dice, and the maximum symmetric Hausdorff distance in pixels. The paper does not say where
 its boxes come from at evaluation; related code of its authors takes them from the true masks, as
 <b>gt_box</b> does.</p>

@@ -142,7 +142,7 @@ def test_label_values_stand_in_for_a_name_of_dataset_json(tmp_path, caplog):
 def test_the_decathlons_test_scans_are_scored_by_their_own_folder(tmp_path):
     touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b_0000.nii.gz")
     (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1}}')
-    with pytest.raises(UserError, match="no scans found"):
+    with pytest.raises(UserError, match="imagesTs: no labelsTs beside it"):
         datasets.find_scans(tmp_path / "imagesTs", "liver")
     touch(tmp_path, "labelsTs/b.nii.gz", "labelsTs/c.nii.gz")
     with pytest.raises(
@@ -237,6 +237,32 @@ def test_a_case_where_nobody_may_look_is_told(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(paths, "_is_open", lambda folder: folder != tmp_path / "lost+found")
     assert len(datasets.find_scans(tmp_path, "liver")) == 1
     assert "lost+found: cannot be looked into, and is left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("scans", "other"),
+    [
+        (("volume-1.nii", "segmentation-1.nii"), "volume-2.NII.GZ"),
+        (("imagesTr/a_0000.nii", "labelsTr/a.nii"), "imagesTr/b_0000.mha"),
+        (("s1/ct.nii", "s1/segmentations/liver.nii"), "s1/segmentations/spleen.nrrd"),
+    ],
+)
+def test_files_of_other_formats_are_told(tmp_path, caplog, scans, other):
+    touch(tmp_path, *scans, "volume-1_overlay.png", "notes.txt")
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1}}')
+    assert len(datasets.find_scans(tmp_path, "liver")) == 1 and not caplog.text
+    touch(tmp_path, other)
+    assert len(datasets.find_scans(tmp_path, "liver")) == 1
+    assert "1 files are left out, for their names do not end in .nii or .nii.gz" in caplog.text
+    assert other in caplog.text
+
+
+def test_cases_without_a_scan_are_told(tmp_path, caplog):
+    touch(tmp_path, "s1/ct.nii.gz", "s1/segmentations/Liver.nii.gz", "s2/CT.nii.gz")
+    (scan,) = datasets.find_scans(tmp_path, "liver")
+    assert scan.label.name == "Liver.nii.gz"
+    assert "1 folders are left out, for they have no ct.nii.gz, such as" in caplog.text
+    assert f"{tmp_path / 's2'}." in caplog.text
 
 
 def test_missing_folder(tmp_path):

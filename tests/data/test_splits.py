@@ -267,6 +267,8 @@ def test_training_on_hdf5_is_known(tmp_path, config):
         ({"train": ["volume-0"], "val": None, "test": []}, [], "val is None, expected a list"),
         ({"train": ["volume-0"], "val": [], "test": []},
          [{"scan": "volume-0", "slice": 11}] * 2, "slice 11 of volume-0 stands there twice"),
+        ({"train": ["volume-0"], "val": [], "test": []},
+         [{"scan": "volume-0", "slice": 5}], "slice 5 of volume-0 does not show liver"),
         ({"train": ["volume-0"], "val": [], "test": []}, [], "names no slice"),
     ],
 )  # fmt: skip
