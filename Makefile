@@ -1,13 +1,13 @@
 # make demo   train, evaluate and predict on phantom CT (minutes, CPU)
 # make test   lint and tests
-# make lint   lint alone; make test-slow: tests of minutes; make clean: all but runs/
+# make lint   lint alone; make test-slow: tests of minutes; make clean: environments and caches away
 # make test-tpu   the real steps compiled for a TPU, without one (installs its compiler)
 # make parity the same weights in PyTorch and here (installs torch)
 # make bench  encoder and training step beside PyTorch's, then the input pipeline (installs torch)
 # make bench-paper  the paper's comparison on the phantom (weeks on two cores; ARGS takes a part, and
 #             it goes on where it stopped)
 # make bench-labels  how few labels suffice on the phantom (hours, CPU; goes on where it stopped)
-# Each sets up .venv with what it needs.
+# Each sets up .venv with what it needs, test-tpu .venv-tpu.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -59,7 +59,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu .jax_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* .jax_cache .pytest_cache .ruff_cache
 
 # A stamp newer than the requirements says that they are installed.
 $(VENV)/core: requirements.txt requirements/tested.txt | $(VENV)/bin/python

@@ -16,8 +16,8 @@ Budget    SAM-Mix a tenth of the steps of the baselines, as in the paper; --shar
 Expected  docs/results.md
 
 benchmarks/accuracy/paper_tuning.py chooses learning rate and augmentation on validation patients
-(docs/results.md has what it found) of U-Net, TransU-Net, MultiMix and SAM-Mix; SAMed's LoRA form
-has the rate of SAM-Mix's, the others have their configs' own.
+(docs/results.md has what it found) of U-Net, TransU-Net and MultiMix; SAM-Mix's rate was chosen by
+runs of this file, SAMed's LoRA form has that of SAM-Mix's, the others have their configs' own.
 """
 
 from configs import labels, quickstart

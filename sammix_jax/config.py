@@ -11,10 +11,10 @@ from ml_collections import config_dict
 def default_config() -> ml_collections.ConfigDict:
     """The paper's method on LiTS-like folders."""
     config = ml_collections.ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of the weights, batches, augmentation
 
     config.data = data = ml_collections.ConfigDict()
-    data.root = ""  # folder of scans; "" makes the phantom
+    data.root = ""  # folder of scans; "" makes the phantom, where that has any
     data.organ = "liver"
     data.label_values = ()  # label values that count as the organ; () takes the layout's
     # Label value of voxels that nobody annotated; None takes the layout's, nnU-Net's "ignore".
@@ -35,12 +35,12 @@ def default_config() -> ml_collections.ConfigDict:
     data.labels_file = ""  # a labels.json to use instead of drawing one
     data.seed = 0  # of the split
     data.labels_seed = 0  # of the draw of labelled slices
-    data.workers = 0  # threads that prepare; 0 is one per core
+    data.workers = 0  # threads that prepare; 0 is one per core, 8 at most
     data.phantom = phantom = ml_collections.ConfigDict()
-    phantom.scans = 0
+    phantom.scans = 0  # how many there are; 0 is no phantom
     phantom.unlabelled = 0  # how many of them get no mask
     phantom.domain = "portal"  # or "unenhanced"
-    phantom.seed = 0
+    phantom.seed = 0  # of the patients
 
     config.input = inputs = ml_collections.ConfigDict()
     inputs.window = (-160.0, 240.0)  # HU (S)
@@ -67,7 +67,7 @@ def default_config() -> ml_collections.ConfigDict:
     model.sam_weights = ""  # file of python -m convert.sam; "" starts from random values
     model.classifier_weights = ""  # file of python -m convert.classifier; "" as above
     model.start_from = ""  # a trained workdir whose model a run starts from, in place of the files
-    model.dtype = "float32"  # compute dtype of SAM and the classifier; parameters stay float32
+    model.dtype = "float32"  # compute dtype of the networks; parameters stay float32
     model.remat = "none"  # what the backward pass computes again instead of keeping it: "dots", all
     #                       but products with weight matrices; "blocks", all within a block of
     #                       either network
@@ -151,13 +151,13 @@ def default_config() -> ml_collections.ConfigDict:
     evaluate.label_values = ()  # of that folder's label files; () takes the layout's
     evaluate.ignore_value = config_dict.placeholder(int)  # of them too, as data.ignore_value
     evaluate.scans = 0  # how many of them that show the organ, drawn by seed (S: 20); 0 takes all
-    evaluate.seed = 0
+    evaluate.seed = 0  # of the draw of evaluate.scans
     evaluate.protocols = ("cam", "gt_box", "none")
     evaluate.points = 1  # of the true mask that prompt under gt_points
     evaluate.gate = True  # slices that the classifier calls negative get an empty mask
     evaluate.component = "all"  # "largest" keeps of a scan's mask the largest component, in 3D
     evaluate.nsd_tolerance = 2.0  # mm by which a surface may be off and still count
-    evaluate.batch = 8
+    evaluate.batch = 8  # slices that are predicted at a time
 
     config.mesh = mesh = ml_collections.ConfigDict()
     mesh.fsdp = 1  # devices over which large parameters are divided; 1 repeats them on each
@@ -165,11 +165,11 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every_steps = 100  # most that a killed run loses: saved twice as often
-    checkpoint.keep = 2
+    checkpoint.keep = 2  # of the newest
 
     config.log = log = ml_collections.ConfigDict()
-    log.every_steps = 10
-    log.validate_every_steps = 100
+    log.every_steps = 10  # losses, speed and memory
+    log.validate_every_steps = 100  # and after the last step
     log.profile = (0, 0)  # (start, stop) steps of which jax.profiler writes a trace; (0, 0) none
     # A misspelt field in a config file is an error, not a new field.
     return config.lock()

@@ -27,6 +27,7 @@ from sammix_jax.data.paths import Path, absolute, as_path, version
 from sammix_jax.data.scan_writer import clear_abandoned, write_scan
 from sammix_jax.data.sides import organ_side
 from sammix_jax.data.slices import MANIFEST, SCAN, VERSION, ScanRecord, SliceStore
+from sammix_jax.data.split_files import SCANS
 from sammix_jax.data.store_log import log_store
 from sammix_jax.errors import UserError
 
@@ -60,7 +61,8 @@ def prepare(config, workdir) -> SliceStore:
     }
     # Asked for where it is needed, and once: in a bucket each takes two requests.
     fingerprint_of = functools.cache(functools.partial(_fingerprint, params=params))
-    _refuse_another_store(store, params, scans, fingerprint_of)
+    begun = (as_path(workdir) / SCANS).exists()
+    _refuse_another_store(store, params, scans, fingerprint_of, begun)
 
     begin = time.monotonic()
     finished = {scan.name: _finished(scan, store, fingerprint_of) for scan in scans}
@@ -193,14 +195,21 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
 
 
 def _refuse_another_store(
-    store: Path, params: dict, scans: list[datasets.Scan], fingerprint_of: Callable
+    store: Path,
+    params: dict,
+    scans: list[datasets.Scan],
+    fingerprint_of: Callable,
+    begun: bool,
 ) -> None:
-    """A whole store of other settings or other scans serves another run; it is not replaced."""
+    """A whole store of other settings or other scans serves another run; it is not replaced, and
+    could not be by a run that has `begun` on it."""
     if not (store / MANIFEST).exists():
         return
     found = SliceStore.open(store)
     fix = (
-        "delete the folder or place this run's store elsewhere with --config.data.store=DIR "
+        "the workdir was begun on this: bring it back as it was, or give another --workdir."
+        if begun
+        else "delete the folder or place this run's store elsewhere with --config.data.store=DIR "
         "(and give another --workdir)."
     )
     made, now = ({f"data.{k}": of.get(k) for k in params} for of in (found.params, params))

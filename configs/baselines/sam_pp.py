@@ -27,7 +27,7 @@ def get_config(data="phantom"):
     config.train.batch_unlabelled = 0
     config.train.trainable = (r"sam/prompt_encoder/.*", r"sam/mask_decoder/.*")
     if data == "lits":
-        config.log.validate_every_steps = 50  # an epoch of 50 slices: ten of the run's at 5
+        config.log.validate_every_steps = 50  # an epoch of 50 slices, ten of 5
     if data == "phantom":
         config.train.trainable = (r"sam/.*",)
     return config
