@@ -95,8 +95,9 @@ def predict(config, workdir, source, target, skip_existing: bool = False) -> lis
             faults.append(fault)
             continue
         predictions.append(made)
-        size = "of unknown size" if made.organ_ml is None else f"{made.organ_ml:.1f} mL"
-        _LOG.info("%s: %s %s → %s", scan, config.data.organ, size, mask_path)
+        if len(pairs) > 1:  # of one the caller tells
+            size = "of unknown size" if made.organ_ml is None else f"{made.organ_ml:.1f} mL"
+            _LOG.info("%s: %s %s → %s", scan, config.data.organ, size, mask_path)
     if faults:
         done = f"{len(predictions)} of {len(pairs)} scans are predicted; not these:\n  "
         raise UserError((done if len(pairs) > 1 else "") + "\n  ".join(faults))

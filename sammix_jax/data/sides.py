@@ -1,4 +1,4 @@
-"""Whether scans whose files know no orientation lie as the others do, by the side of the organ."""
+"""Whether scans lie as the others do, by the side of the organ."""
 
 from collections.abc import Iterable
 
@@ -12,14 +12,14 @@ AGREEING = 0.9
 
 
 def seem_mirrored(records: Iterable[ScanRecord]) -> list[ScanRecord]:
-    """Those of the scans without an orientation whose organ lies on the other side than in most of
-    the scans with one. An organ of the middle, or of both sides, tells nothing."""
+    """Those of the scans whose organ lies on the other side than in most of those with an
+    orientation. An organ of the middle, or of both sides, tells nothing."""
     labelled = [record for record in records if record.organ_side]
     known = [np.sign(record.organ_side) for record in labelled if record.oriented]
     side = np.sign(sum(known))
     if not known or known.count(side) < AGREEING * len(known):
         return []
-    return [r for r in labelled if not r.oriented and np.sign(r.organ_side) == -side]
+    return [record for record in labelled if np.sign(record.organ_side) == -side]
 
 
 def other_side(axcodes: str) -> str:

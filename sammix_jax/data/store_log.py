@@ -53,7 +53,16 @@ def log_store(records: list[ScanRecord], new: int, seconds: float, organ: str, s
             len(gaps),
             _listed(gaps),
         )
-    if mirrored := seem_mirrored(records):
+    mirrored = seem_mirrored(records)
+    if oriented := [record.name for record in mirrored if record.oriented]:
+        _LOG.warning(
+            "%s lies on the other side in %d scans%s than in the rest: look at them, whether their "
+            "headers or masks are mirrored.",
+            organ,
+            len(oriented),
+            _listed(oriented),
+        )
+    if mirrored := [record for record in mirrored if not record.oriented]:
         _LOG.warning(
             "%s lies on the other side in %d scans that know no orientation%s than in those that "
             "know theirs, so they seem to be mirrored: look at them, and say by "
