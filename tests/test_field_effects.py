@@ -89,7 +89,9 @@ class FakeStore:
 
     def __init__(self):
         self.records = {
-            name: types.SimpleNamespace(name=name, has_label=True, unannotated=())
+            name: types.SimpleNamespace(
+                name=name, has_label=True, unannotated=(), image_digest=name, label_digest=name
+            )
             for name in "abcdefgh"
         }
 

@@ -1,12 +1,19 @@
 """The folder layouts that people have, and what is wrong with the ones that fail."""
 
 import json
+import logging
 import os
 
 import pytest
 
 from sammix_jax.data import datasets, paths
 from sammix_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def warnings_alone(caplog):
+    """Whatever a program that was run before wants to hear of."""
+    caplog.set_level(logging.WARNING, "sammix_jax")
 
 
 def touch(root, *names):
