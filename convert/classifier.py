@@ -13,7 +13,7 @@ from absl import flags
 from convert.classifier_rules import CLASSIFIERS
 from convert.program import run
 from convert.rules import recognise
-from convert.sources import caster, check_output, foreign, read_tensors
+from convert.sources import caster, foreign, read_tensors, refuse_input
 from sammix_jax.data.files import sha256
 from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
@@ -37,7 +37,9 @@ def convert(path, output, dtype: str | None = None) -> str:
     path, output = as_path(path), as_path(output)
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: expected a name that ends in .safetensors.")
-    check_output(path, output)
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; expected the name of a file.")
+    refuse_input(path, output)
     source = read_tensors(path)
     tables = [table for table, _ in CLASSIFIERS.values() if table.marker in source]
     if not tables:

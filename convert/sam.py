@@ -24,11 +24,11 @@ from convert.sam_rules import OFFICIAL, SAM_MODELS, resize_tables, sam_shapes
 from convert.sources import (
     Cast,
     caster,
-    check_output,
     foreign,
     import_torch,
     read_metadata,
     read_tensors,
+    refuse_input,
     to_torch,
 )
 from sammix_jax.config_files import load_config
@@ -95,7 +95,7 @@ def convert(
     """
     path, output = as_path(path), as_path(output)
     form = _check_output(output, form)
-    check_output(path, output)
+    refuse_input(path, output)
     sam = load(path, caster(path, dtype), normalise)
     notes = _notes(sam, form)
     if form == "sammix":
@@ -251,6 +251,8 @@ def _check_output(output: Path, form: str | None) -> str:
         raise UserError(
             f"{output}: --format={form} expects a name ending in {' or '.join(endings[form])}."
         )
+    elif output.is_dir():
+        raise UserError(f"{output}: is a folder; expected the name of a file.")
     return form
 
 
@@ -269,7 +271,7 @@ def main(given: flags.FlagValues) -> list[str]:
     return [f"{given.output}: {variant}", *(f"note: {note}" for note in notes)]
 
 
-def define_flags() -> None:
+if __name__ == "__main__":
     flags.DEFINE_string(
         "input", None, "A weight file, Hugging Face folder or WORKDIR.", required=True
     )
@@ -288,8 +290,4 @@ def define_flags() -> None:
         CHOICES["input.normalise"],
         "Of the images that the model learned from, where its file does not tell; MedSAM: minmax.",
     )
-
-
-if __name__ == "__main__":
-    define_flags()
     run(main)

@@ -102,16 +102,10 @@ def _prefix(keys: Collection[str]) -> str:
     return next(prefixes, "")
 
 
-def check_output(source: Path, output: Path) -> None:
-    """Refuses an output that is the input, so that the original stays, or a folder.
-
-    Raises:
-      UserError: it is.
-    """
+def refuse_input(source: Path, output: Path) -> None:
+    """Raises a UserError where the output is the input, so that the original stays."""
     if resolved(source) == resolved(output):
         raise UserError(f"{output}: is the input; give another name, so that the original stays.")
-    if output.suffix and output.is_dir():
-        raise UserError(f"{output}: is a folder; expected the name of a file.")
 
 
 def foreign(path, source: Mapping[str, Stored], expected: str) -> UserError:

@@ -76,7 +76,6 @@ def evaluate(config, workdir) -> Evaluation:
         # All processes predict a scan, or none.
         known, fault = hosts.for_all(functools.partial(read_labelled, scan, config), scan.image)
         if not fault:
-            prediction = predict_volume(predict, variables, known.volume, known.truth, config)
             found = scan_digests(known)
             if kept.get(scan.name, found) != found:
                 fault = (
@@ -88,6 +87,7 @@ def evaluate(config, workdir) -> Evaluation:
             _LOG.error("%s", fault)
             faults.append(fault)
             continue
+        prediction = predict_volume(predict, variables, known.volume, known.truth, config)
         digests[scan.name] = "-".join(found)
         # Masks without the organ are all alike.
         telling = found if known.organ_pixels.any() else found[1:]

@@ -223,16 +223,6 @@ def let_sigterm_end() -> None:
         signal.signal(signal.SIGTERM, ends)
 
 
-def end_interrupted() -> int:
-    """Ends the process as Ctrl-C does, so that a shell ends its loop too; gives an exit code where
-    the system spares the first process of a container."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
-    return 128 + signal.SIGINT
-
-
 def leave(code: int) -> int:
     """Ends a process that failed, where there are others: at once, so that they are told. Alone it
     gets its exit code back.

@@ -110,13 +110,13 @@ class VolumePrediction(NamedTuple):
     Attributes:
       masks: protocol → (D, H, W) bool on the scan's grid.
       slices: the predictions on the store's grid of side S.
-      hu: (D, S, S) int16, what the model saw.
+      hu: (D, S, S) int16, what the model saw; None of masks that another program made.
       truth: (D, S, S) bool, or None.
     """
 
     masks: dict[str, np.ndarray]
     slices: SlicePredictions
-    hu: np.ndarray
+    hu: np.ndarray | None
     truth: np.ndarray | None
 
 

@@ -8,6 +8,7 @@ python -m sammix_jax.main --mode=summarise --workdir='runs/seed-*'
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 
@@ -68,8 +69,13 @@ def main(argv) -> int:
         print(f"{stopped}; run the same command to go on.", file=sys.stderr)
         return hosts.TERMINATED
     except KeyboardInterrupt as stopped:
-        print(f"{str(stopped) or 'stopped'}; run the same command to go on.", file=sys.stderr)
-        return hosts.end_interrupted()
+        goes_on = "; run the same command to go on" * (mode in ("train", "pretrain", "prepare"))
+        print(f"{str(stopped) or 'stopped'}{goes_on}.", file=sys.stderr)
+        if jax.distributed.is_initialized():
+            return hosts.leave(128 + signal.SIGINT)
+        # Python tidies up, then ends as Ctrl-C does, so that a shell ends its loop too.
+        sys.excepthook = lambda *_: None
+        raise
     except UserError as error:
         return hosts.leave(options.fail(str(error)))
     except Exception as error:
@@ -106,8 +112,7 @@ def _run(mode: str, workdir: Path) -> None:
             raise UserError("--mode=predict needs --input and --output.")
         places = (options.INPUT.value, options.OUTPUT.value, options.SKIP_EXISTING.value)
         for made in predict.predict(config, workdir, *places):
-            volume = "size unknown" if made.organ_ml is None else f"{made.organ_ml:.1f} mL"
-            print(f"{made.mask}: {config.data.organ} {volume}, see {made.overlay}")
+            print(f"{made.mask}: {config.data.organ} {made.size}, see {made.overlay}")
 
 
 def _plan() -> None:
@@ -149,7 +154,10 @@ def _train(config, workdir: Path) -> None:
         return  # there is no segmenting without the truth
     prediction = workdir / "prediction.nii.gz"
     if found is None or not prediction.exists():
-        predict.predict(config, workdir, _example_scan(config, store, workdir), prediction)
+        for made in predict.predict(
+            config, workdir, _example_scan(config, store, workdir), prediction
+        ):
+            print(f"example     {config.data.organ} {made.size}")
     print(f"overlay     {workdir / 'prediction_overlay.png'}\nprediction  {prediction}")
 
 

@@ -102,9 +102,9 @@ def parse(argv):
         sys.exit(fail(_no_such_field(error)))
     except UserError as error:
         sys.exit(fail(str(error)))
-    except OSError:  # before absl knows the flag's value
+    except OSError as error:  # before absl knows the flag's value
         given = " ".join(argv).partition("--config")[2].lstrip("= ").partition(" ")[0]
-        sys.exit(fail(f"--config={given}: no such file; there are some in configs/."))
+        sys.exit(fail(_not_loaded(given, error)))
 
 
 def config_for(mode: str, workdir: Path | None):
@@ -156,7 +156,13 @@ def _named_config():
         return config
     except OSError as error:  # a file that could not be loaded is told at its first use
         file = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise UserError(f"--config={file}: no such file; there are some in configs/.") from error
+        raise UserError(_not_loaded(file, error)) from error
+
+
+def _not_loaded(given: str, error: OSError) -> str:
+    there = pathlib.Path(given.partition(":")[0]).exists()
+    why = f"cannot be loaded ({error})" if there else "no such file"
+    return f"--config={given}: {why}; there are some in configs/."
 
 
 def workdirs(patterns: str) -> list[Path]:

@@ -42,6 +42,11 @@ class Prediction:
     overlay: Path
     organ_ml: float | None
 
+    @property
+    def size(self) -> str:
+        """The volume in words."""
+        return "of unknown size" if self.organ_ml is None else f"{self.organ_ml:.1f} mL"
+
 
 def predict(config, workdir, source, target, skip_existing: bool = False) -> list[Prediction]:
     """Segments one scan, or every scan of a folder.
@@ -96,8 +101,7 @@ def predict(config, workdir, source, target, skip_existing: bool = False) -> lis
             continue
         predictions.append(made)
         if len(pairs) > 1:  # of one the caller tells
-            size = "of unknown size" if made.organ_ml is None else f"{made.organ_ml:.1f} mL"
-            _LOG.info("%s: %s %s → %s", scan, config.data.organ, size, mask_path)
+            _LOG.info("%s: %s %s → %s", scan, config.data.organ, made.size, mask_path)
     if faults:
         done = f"{len(predictions)} of {len(pairs)} scans are predicted; not these:\n  "
         raise UserError((done if len(pairs) > 1 else "") + "\n  ".join(faults))
@@ -165,7 +169,10 @@ def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Predi
     if hosts.is_first():  # which alone writes
         # `_check_places` knows a mask of this program by its overlay. In this order one that is cut
         # off leaves no mask beside the overlay of another.
-        mask_path.unlink(missing_ok=True)
+        try:
+            mask_path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{mask_path}: cannot be replaced ({error}).") from error
         shown = figures.overlay(volume, mask, config.input.window)
         figures.save(shown, overlay, {MASK_DIGEST: _digest(file_voxels(mask, volume))})
         write_mask(mask_path, mask, volume)
@@ -209,12 +216,13 @@ def _pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
         # TotalSegmentator's folders, where every scan is called ct.
         cases = [scan for scan in find_in(source, "*/*") if scan.name in CASE_IMAGES]
         pairs = [(scan, target / f"{scan.parent.name}.nii.gz") for scan in cases]
+        inside = find_in(source, "*")
+        tell_of_other_formats(inside)
         pairs += [
             (scan, target / scan.name)
-            for scan in find_in(source, "*")
+            for scan in inside
             if is_nifti(scan) and not scan.name.startswith(NO_SCANS)
         ]
-        tell_of_other_formats(find_in(source, "*"))
         if not pairs:
             raise UserError(
                 f"--input={source}: no scans there, expected .nii or .nii.gz files side by side, "

@@ -45,7 +45,7 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
 
     Raises:
       UserError: a config or data set that cannot train; a number that is not finite.
-      hosts.Terminated: SIGTERM, once the state is saved.
+      hosts.Terminated: SIGTERM, once the state is saved; at Ctrl-C KeyboardInterrupt.
     """
     check_workdir(config, workdir)
 
@@ -83,8 +83,7 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
         begins = state is None
         if begins:
             state, model_step = load_pretrained(jax.jit(init, out_shardings=sharding)(), config)
-            begun = hosts.on_first(lambda: begun_from(config, model_step))
-            hosts.on_first(lambda: _refuse_another_start(begun, workdir))
+            begun = hosts.on_first(lambda: _begun_from(config, model_step, workdir))
         # Data, model and weights are sound: from here on the workdir belongs to this run.
         claim_workdir(config, workdir)
         keep(split, labelled, store, workdir)
@@ -147,6 +146,7 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
             checkpoints=checkpoints,
             images=sum(sizes),
             validation=validation if split.val else None,
+            owes=owes,
         )
     return True
 
@@ -191,14 +191,17 @@ def _check_scoring(evaluate, split: Split, store: SliceStore) -> None:
         raise UserError(f"{error} Or train alone, with --noevaluate.") from error
 
 
-def _refuse_another_start(begun: dict, workdir) -> None:
-    """A best state of a start that was cut off goes with the frozen parameters of that start."""
+def _begun_from(config, model_step: int | None, workdir) -> dict:
+    """`begun_from`; refuses another start than of a best state that was kept before the run was cut
+    off, which goes with the frozen parameters of that start."""
+    begun = begun_from(config, model_step)
     kept, best = as_path(workdir) / BEGUN_FROM, best_step(workdir)
     if best is not None and kept.exists() and read_json(kept) != begun:
         raise UserError(
             f"{workdir}/checkpoints/best/{best}: of a start from other weights, which {kept} "
             "tells; bring these back, or give another --workdir."
         )
+    return begun
 
 
 def _tell_of_one_class(store: SliceStore, others: Iterable[SliceId]) -> None:

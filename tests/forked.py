@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import sys
 import tempfile
 import types
@@ -32,7 +33,11 @@ def _command(arguments, outputs, toy: bool) -> None:
     if toy:
         train.make_system = lambda config: SamMixSystem(Toy(ballast=500_000), config)
     sys.argv[1:] = arguments
-    runpy.run_module("sammix_jax.main", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("sammix_jax.main", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # as Python ends a program; multiprocessing would print it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def start(arguments, stdout, stderr, toy: bool = False):

@@ -73,13 +73,11 @@ def as_prediction(mask: np.ndarray, scan: volumes.Volume, config) -> VolumePredi
 
     The logits are ±1 on slices of `PAPER_SIDE` squared, as the truth is brought onto them.
     """
-    resize = config.data.resize
-    stored, paper = (scan.geometry(side, resize) for side in (config.data.size, PAPER_SIDE))
+    paper = scan.geometry(PAPER_SIDE, config.data.resize)
     inside = np.stack([paper.mask_to_square(m) for m in mask])
     logits = np.where(inside, np.float32(1), np.float32(-1))
     slices = SlicePredictions({PROTOCOL: logits})
-    hu = np.stack([stored.image_to_square(image) for image in scan.hu])
-    return VolumePrediction({PROTOCOL: mask}, slices, hu, None)
+    return VolumePrediction({PROTOCOL: mask}, slices, None, None)
 
 
 def _score(layout: Layout, exported: dict) -> Evaluation:

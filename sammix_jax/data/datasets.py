@@ -17,7 +17,13 @@ import logging
 from sammix_jax.data import hdf5
 from sammix_jax.data.decathlon import find_decathlon
 from sammix_jax.data.paths import Path, as_path, find_below, find_in
-from sammix_jax.data.scan_files import Scan, by_name, natural, refuse_orphans
+from sammix_jax.data.scan_files import (
+    Scan,
+    by_name,
+    natural,
+    refuse_orphans,
+    tell_of_other_formats,
+)
 from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -100,10 +106,11 @@ def _ignoring(scan: Scan, value: int, field: str) -> Scan:
 
 
 def _find_lits(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
-    images = by_name(find_below(root, "volume-*.*"), lambda s: s.removeprefix("volume-"))
-    labels = by_name(
-        find_below(root, "segmentation-*.*"), lambda s: s.removeprefix("segmentation-")
+    volumes, masks, tests = (
+        list(find_below(root, f"{name}-*.*")) for name in ("volume", "segmentation", "test-volume")
     )
+    images = by_name(volumes, lambda s: s.removeprefix("volume-"))
+    labels = by_name(masks, lambda s: s.removeprefix("segmentation-"))
     if not images and not labels:
         return []  # test volumes alone are no data set
     values = given or LITS_ORGANS.get(organ)
@@ -113,7 +120,8 @@ def _find_lits(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
             "say by label_values which values are the organ."
         )
     refuse_orphans(images, labels, "volume-{}.nii")
-    unlabelled = by_name(find_below(root, "test-volume-*.nii*"), str)
+    tell_of_other_formats([*volumes, *masks, *tests])
+    unlabelled = by_name(tests, str)
     return [
         *(Scan(f"volume-{key}", images[key], labels.get(key), values, (0, 1, 2)) for key in images),
         *(Scan(name, path, None, values, (0, 1, 2)) for name, path in unlabelled.items()),
@@ -129,12 +137,14 @@ def _find_totalsegmentator(root: Path, organ: str, given: tuple[int, ...]) -> li
                 f"{folder}: masks without their scan, expected {folder.parent / 'ct.nii.gz'}; "
                 "copy the scan there or remove the folder."
             )
-    scans, organs = [], set()
+    scans, organs, files = [], set(), []
     for image in images:
-        folder = image.parent / "segmentations"
-        masks = by_name(find_in(folder, "*"), str.lower)
+        inside = find_in(image.parent / "segmentations", "*")
+        files += inside
+        masks = by_name(inside, str.lower)
         organs |= set(masks)
         scans.append(Scan(image.parent.name, image, masks.get(organ.lower()), known_values=(0, 1)))
+    tell_of_other_formats(files)
     if images:
         cases = {image.parent for image in images}
         others = [p for p in root.iterdir() if p not in cases and p.is_dir() and p.name[0] != "."]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from sammix_jax.data.files import read_json
 from sammix_jax.data.nifti import stem
 from sammix_jax.data.paths import Path, find_in
-from sammix_jax.data.scan_files import Scan, by_name, refuse_orphans
+from sammix_jax.data.scan_files import Scan, by_name, refuse_orphans, tell_of_other_formats
 from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -36,12 +36,13 @@ def find_decathlon(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]
     if not (root / "imagesTr").is_dir():
         return []
     images, labels, case_name = _pairs(root, "Tr")
-    unlabelled = by_name(find_in(root / "imagesTs", "*"), case_name)
+    tests = find_in(root / "imagesTs", "*")
+    tell_of_other_formats(tests)
+    unlabelled = by_name(tests, case_name)
     values, known, ignore = (
         _decathlon_values(root, organ.lower(), given) if labels else ((1,), (), None)
     )
-    channel = "_0000" if case_name is _case_name else ""
-    refuse_orphans(images, labels, f"imagesTr/{{}}{channel}.nii.gz")
+    refuse_orphans(images, labels, f"imagesTr/{_file_name(case_name)}")
     repeated = sorted(set(images) & set(unlabelled))
     if repeated:
         raise UserError(
@@ -54,24 +55,31 @@ def find_decathlon(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]
 
 def _find_decathlon_tests(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
     """The scans of imagesTs with their masks in labelsTs; as unlabelled ones they have none."""
-    images, labels, _ = _pairs(root, "Ts")
-    refuse_orphans(images, labels, "imagesTs/{}.nii.gz")
+    images, labels, case_name = _pairs(root, "Ts")
+    refuse_orphans(images, labels, f"imagesTs/{_file_name(case_name)}")
     values = _decathlon_values(root, organ.lower(), given)
     return [Scan(key, path, labels.get(key), *values) for key, path in images.items()]
 
 
 def _pairs(root: Path, part: str) -> tuple[dict[str, Path], dict[str, Path], Callable[[str], str]]:
     """Images and masks of a part, Tr or Ts, by case; and how a file's name tells its case."""
-    labels = by_name(find_in(root / f"labels{part}", "*"), str)
+    masks = find_in(root / f"labels{part}", "*")
+    labels = by_name(masks, str)
     files = [p for p in find_in(root / f"images{part}", "*") if not p.name.startswith(".")]
     case_name = _case_name if _numbers_channels(files, labels) else str
     images = by_name(files, case_name)
+    tell_of_other_formats([*files, *masks])
     if files and not images:
         raise UserError(
             f"{files[0]}: expected NIfTI files (.nii or .nii.gz) in images{part}; convert what is "
             "there (SimpleITK reads and writes most formats)."
         )
     return images, labels, case_name
+
+
+def _file_name(case_name: Callable[[str], str]) -> str:
+    """The name of a case's image, for messages."""
+    return "{}_0000.nii.gz" if case_name is _case_name else "{}.nii.gz"
 
 
 def _numbers_channels(files: list[Path], labels: dict) -> bool:

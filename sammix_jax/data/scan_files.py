@@ -43,12 +43,9 @@ def natural(name: str) -> list:
 
 
 def by_name(paths, key) -> dict[str, Path]:
-    """NIfTI files by the key of their names; the same key twice is an error, and images of other
-    formats are told."""
+    """NIfTI files by the key of their names; the same key twice is an error."""
     found: dict[str, Path] = {}
-    paths = sorted(paths)
-    tell_of_other_formats(paths)
-    for path in paths:
+    for path in sorted(paths):
         # Hidden files are what macOS archives and interrupted writes leave behind.
         if not is_nifti(path) or path.name.startswith("."):
             continue

@@ -41,7 +41,7 @@ def pretrain(config, workdir) -> Path:
 
     Raises:
       UserError: a config that cannot train; a number that is not finite.
-      hosts.Terminated: SIGTERM, once the state is saved.
+      hosts.Terminated: SIGTERM, once the state is saved; at Ctrl-C KeyboardInterrupt.
     """
     check_workdir(config, workdir)
     prompts = config.pretrain.prompts
@@ -94,7 +94,8 @@ def pretrain(config, workdir) -> Path:
             mesh.size,
             mesh.devices.flat[0].platform,
         )
-        if int(state.step) < steps or owes_validation(config, workdir, int(state.step), steps):
+        owes = owes_validation(config, workdir, int(state.step), steps)
+        if int(state.step) < steps or owes:
             # ---- Loop: a batch is the images' numbers; the step draws the rest on the device
             if images % mesh.size:
                 _LOG.warning(
@@ -124,6 +125,7 @@ def pretrain(config, workdir) -> Path:
                 validation=Validation(
                     lambda state, stop: _measure(answer, state, examples), best="iou"
                 ),
+                owes=owes,
             )
         checkpoints.wait()
         best = checkpoints.restore_best(like)

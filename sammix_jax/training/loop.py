@@ -1,4 +1,4 @@
-"""The loop of a run: steps, log, validation and checkpoints, until the last step or a SIGTERM."""
+"""The loop of a run: steps, log, validation and checkpoints, until the last step or a signal."""
 
 import contextlib
 import dataclasses
@@ -42,8 +42,9 @@ def run_steps(
     checkpoints: Checkpoints,
     images: int,
     validation: Validation | None = None,
+    owes: bool = False,
 ) -> TrainState:
-    """Takes the steps that are left, after the validation that is owed.
+    """Takes the steps that are left.
 
     Args:
       state: of the step to begin with; given up for the returned one.
@@ -55,6 +56,7 @@ def run_steps(
       checkpoints: of the workdir.
       images: in a batch, for the throughput.
       validation: at every `log.validate_every_steps`, and after the last step; None does without.
+      owes: whether to begin with a validation of `state`, as `owes_validation` says.
 
     Raises:
       UserError: a number that is not finite.
@@ -72,7 +74,9 @@ def run_steps(
             )
             if best:  # kept before the log says that this step was validated
                 checkpoints.wait()
-        log.write(step, {f"val/{name}": value for name, value in scores.items()})
+        # Where there is nothing to score, that this step was validated.
+        named = scores or {"scored": 0.0}
+        log.write(step, {f"val/{name}": value for name, value in named.items()})
         listed = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         _LOG.info("step %d of %d: validation %s", step, steps, listed)
 
@@ -80,7 +84,6 @@ def run_steps(
         with timer.part("checkpoint"):
             checkpoints.save(state, step)
 
-    owed = validation and owes_validation(config, workdir, start, steps)
     quiet = hosts.hides_progress()
     with (
         TrainLog(workdir, start) as log,
@@ -90,8 +93,12 @@ def run_steps(
         tqdm(initial=start, total=steps, desc="train", unit="step", disable=quiet) as bar,
     ):
         progress = Progress(start, steps, seen=not bar.disable)
-        if owed:
-            validate_at(start, termination.asked_alone)  # of a state that is saved
+        if owes:
+            try:
+                validate_at(start, termination.asked_alone)
+            except hosts.Terminated as stopped:
+                told = f"stopped in the validation of step {start}, which is saved"
+                raise termination.ending(told) from stopped
         for done in range(start + 1, steps + 1):
             profile.at(done - 1)
             with timer.part("data"):
@@ -131,13 +138,16 @@ def run_steps(
                 except hosts.Terminated:
                     stop = True
                     save(done)
-            # Several processes are told at the step after, of which the last one has none.
-            stop = stop or (done == steps and termination.asked(done + 1))
             if stop or config.checkpoint.every_steps == 1:
                 with timer.part("checkpoint"):
                     checkpoints.wait()
             if stop:
                 raise termination.ending(f"stopped after step {done} of {steps}, which is saved")
+        # Several processes are told at the step after, of which the last one has none; and a run
+        # that had none left to take may have been asked while it validated.
+        if termination.asked(steps + 1):
+            checkpoints.wait()
+            raise termination.ending(f"stopped after step {steps} of {steps}, which is saved")
     return state
 
 

@@ -219,8 +219,9 @@ def test_what_is_known_of_the_images_comes_back_from_a_folder(tmp_path):
     metadata = {"kind": "sam", "model": "mini", "source": "", "sha256": ""}
     known = {"normalise": "minmax", "image_size": "128"}
     write_weights(tmp_path / "a.safetensors", random_arrays(sam_shapes("mini")), metadata | known)
-    sam.convert(tmp_path / "a.safetensors", tmp_path / "hf")
-    sam.convert(tmp_path / "hf", tmp_path / "b.safetensors")
+    (tmp_path / "sam.v1").mkdir()  # empty, and with what looks like an ending
+    sam.convert(tmp_path / "a.safetensors", tmp_path / "sam.v1", "hf")
+    sam.convert(tmp_path / "sam.v1", tmp_path / "b.safetensors")
     found = read_weights(tmp_path / "b.safetensors")[1]
     assert {key: found[key] for key in known} == known
 

@@ -50,10 +50,13 @@ def test_validation_patients_choose_and_the_best_is_whole_before_the_log_tells(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("number", "ends"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
 @pytest.mark.parametrize("steps", [6, 3])
 @pytest.mark.parametrize("asked", ["in a step", "in validation"])
 def test_a_run_that_was_stopped_where_it_validates_does_so_when_it_goes_on(
-    toy_config, tmp_path, monkeypatch, asked, steps
+    toy_config, tmp_path, monkeypatch, asked, steps, number, ends
 ):
     """In the last step too: what comes after it may take longer than there is time."""
     toy_config.data.split, toy_config.log.validate_every_steps = (2, 1, 1), 3
@@ -62,7 +65,7 @@ def test_a_run_that_was_stopped_where_it_validates_does_so_when_it_goes_on(
 
     def terminate():
         if not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+            sent.append(os.kill(os.getpid(), number))
 
     def validate(predict, variables, store, scans, batch, stop, protocol):
         if asked == "in validation":
@@ -85,13 +88,43 @@ def test_a_run_that_was_stopped_where_it_validates_does_so_when_it_goes_on(
     jit = train_module.jit_train_step
     monkeypatch.setattr(train_module, "jit_train_step", jit_train_step)
     monkeypatch.setattr(train_module, "validate", validate)
-    with pytest.raises(Terminated, match=f"after step 3 of {steps}, which is saved"):
+    with pytest.raises(ends, match=f"after step 3 of {steps}, which is saved"):
         train(toy_config, tmp_path, prepare(toy_config, tmp_path))
     assert not [name for _, name, _ in read_log(tmp_path) if name == "val/dice"]
     assert train(toy_config, tmp_path, prepare(toy_config, tmp_path)) is True
     validated = {step: value for step, name, value in read_log(tmp_path) if name == "val/dice"}
     assert validated == ({3: 0.5, 6: 0.4} if steps == 6 else {3: 0.5})
     assert [path.name for path in (tmp_path / "checkpoints" / "best").iterdir()] == ["3"]
+    assert train(toy_config, tmp_path, prepare(toy_config, tmp_path)) is False
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stop_in_a_validation_that_was_owed_is_heard(toy_config, tmp_path, monkeypatch, late):
+    """And after it was asked for the last time."""
+    toy_config.data.split, toy_config.train.steps = (2, 1, 1), 3
+    asked = []
+
+    def validate(predict, variables, store, scans, batch, stop, protocol):
+        asked.append(stop)
+        if late and len(asked) > 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            return {"dice": 0.5}
+        os.kill(os.getpid(), signal.SIGINT)
+        if stop():
+            raise Terminated
+        raise AssertionError("nobody heard")
+
+    monkeypatch.setattr(train_module, "validate", validate)
+    for _ in range(2):  # the second of no step that is left
+        with pytest.raises(KeyboardInterrupt, match=r"step 3( of 3)?, which is saved"):
+            train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+    assert len(asked) == 2
+
+
+def test_a_validation_that_had_nothing_to_score_is_not_owed(toy_config, tmp_path, monkeypatch):
+    toy_config.data.split, toy_config.train.steps = (2, 1, 1), 3
+    monkeypatch.setattr(train_module, "validate", lambda *_: {})
+    assert train(toy_config, tmp_path, prepare(toy_config, tmp_path)) is True
     assert train(toy_config, tmp_path, prepare(toy_config, tmp_path)) is False
 
 
