@@ -50,7 +50,7 @@ def unsealed(read: Callable[[dict], dict], like: dict, folder) -> dict:
       UserError: it cannot be read for now; or what `read` raised.
     """
     fault = None
-    with _unfinished_reads_untold():
+    with unfinished_reads_untold():
         try:
             seal = {"seal": jax.eval_shape(checksums, like)}
             seal = abstract(seal, replicated(jax.tree.leaves(like)[0].sharding.mesh))
@@ -74,7 +74,7 @@ def unsealed(read: Callable[[dict], dict], like: dict, folder) -> dict:
 
 
 @contextlib.contextmanager
-def _unfinished_reads_untold():
+def unfinished_reads_untold():
     """At a fault Orbax leaves the reads of all other arrays as they are. As they are collected,
     Python would tell of each, thousands of lines under which the fault is lost."""
     untold = sys.unraisablehook

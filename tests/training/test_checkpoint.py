@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from sammix_jax.errors import UserError
 from sammix_jax.sharding import abstract, make_mesh, replicated
 from sammix_jax.training import checkpoint
 from sammix_jax.training.checkpoint import Checkpoints
-from sammix_jax.training.soundness import checksums
+from sammix_jax.training.soundness import checksums, unfinished_reads_untold
 from sammix_jax.training.step import TrainState
 
 
@@ -290,3 +292,36 @@ def test_the_config_beside_the_weights_is_the_runs(saved, config):
         checkpoints.save_config(config)
     kept = json.loads((saved / "checkpoints" / "config.json").read_text())
     assert kept == json.loads(config.to_json())
+
+
+class Left:
+    def __del__(self):
+        raise RuntimeError("of something else")
+
+
+async def read():
+    try:
+        await pending()
+    finally:
+        raise RuntimeError("at the next array")
+
+
+@types.coroutine
+def pending():
+    yield
+
+
+def test_reads_that_a_fault_left_unfinished_are_not_told_one_by_one(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda left: told.append(str(left.exc_value)))
+
+    with unfinished_reads_untold():
+        begun = read()
+        begun.send(None)
+        del begun
+        Left()
+    assert told == ["of something else"]
+    begun = read()
+    begun.send(None)
+    del begun
+    assert told[1:] == ["at the next array"]
