@@ -13,11 +13,13 @@ unlabelled scan; a mask without a scan is an error.
 
 import dataclasses
 import logging
+import re
 
 from sammix_jax.data import hdf5
 from sammix_jax.data.decathlon import find_decathlon
 from sammix_jax.data.paths import Path, as_path, find_below, find_in
 from sammix_jax.data.scan_files import (
+    IMAGE_FILE,
     Scan,
     by_name,
     natural,
@@ -29,6 +31,7 @@ from sammix_jax.errors import UserError
 _LOG = logging.getLogger(__name__)
 
 LITS_ORGANS = {"liver": (1, 2), "tumour": (2,)}
+_LITS_FILES = re.compile(rf"(volume|segmentation|test-volume)-{IMAGE_FILE}")
 CASE_IMAGES = ("ct.nii.gz", "ct.nii")  # TotalSegmentator's, in a folder for each case
 LAYOUTS = (
     "LiTS (volume-N.nii, segmentation-N.nii), Medical Segmentation Decathlon or nnU-Net "
@@ -106,8 +109,11 @@ def _ignoring(scan: Scan, value: int, field: str) -> Scan:
 
 
 def _find_lits(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
+    files = list(find_below(root, _LITS_FILES))
+    tell_of_other_formats(files)
     volumes, masks, tests = (
-        list(find_below(root, f"{name}-*.*")) for name in ("volume", "segmentation", "test-volume")
+        [path for path in files if path.name.startswith(prefix)]
+        for prefix in ("volume-", "segmentation-", "test-volume-")
     )
     images = by_name(volumes, lambda s: s.removeprefix("volume-"))
     labels = by_name(masks, lambda s: s.removeprefix("segmentation-"))
@@ -120,7 +126,6 @@ def _find_lits(root: Path, organ: str, given: tuple[int, ...]) -> list[Scan]:
             "say by label_values which values are the organ."
         )
     refuse_orphans(images, labels, "volume-{}.nii")
-    tell_of_other_formats([*volumes, *masks, *tests])
     unlabelled = by_name(tests, str)
     return [
         *(Scan(f"volume-{key}", images[key], labels.get(key), values, (0, 1, 2)) for key in images),

@@ -5,7 +5,6 @@ same; where these mean different things, a function stands here. Object stores k
 nothing is appended, linked, renamed or mapped into memory, and a folder is what names share.
 """
 
-import fnmatch
 import functools
 import glob
 import logging
@@ -75,8 +74,8 @@ def version(path: Path) -> list:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def find_below(folder: Path, pattern: str, above: frozenset = frozenset()) -> Iterator[Path]:
-    """What lies at any depth below the folder under a name such as `volume-*.nii*`.
+def find_below(folder: Path, names: re.Pattern, above: frozenset = frozenset()) -> Iterator[Path]:
+    """What lies at any depth below the folder under one of these names, which are of files.
 
     Through links too, which data sets are gathered by, but to none of the folders `above`.
     """
@@ -87,10 +86,10 @@ def find_below(folder: Path, pattern: str, above: frozenset = frozenset()) -> It
         _LOG.warning("%s: cannot be looked into (%s), and is left out.", folder, error)
         return
     for path in inside:
-        if fnmatch.fnmatchcase(path.name, pattern):
+        if names.fullmatch(path.name):
             yield path
         elif path.is_dir() and resolved(path) not in above:
-            yield from find_below(path, pattern, above)
+            yield from find_below(path, names, above)
 
 
 def find_in(folder: Path, pattern: str) -> list[Path]:

@@ -11,10 +11,8 @@ from sammix_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-# Of images that are not read, those named .NII among them.
-OTHER_FORMATS = re.compile(
-    r"\.(nii|mha|mhd|nrrd|nhdr|hdr|img|mgz|mgh|gipl|dcm)(\.(gz|bz2|zip))?$", re.IGNORECASE
-)
+# How files of images are named, in whatever format.
+IMAGE_FILE = r".*\.(?i:nii|mha|mhd|nrrd|nhdr|hdr|img|mgz|mgh|gipl|dcm)(\.(?i:gz|bz2|zip))?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +56,12 @@ def by_name(paths, key) -> dict[str, Path]:
 
 def tell_of_other_formats(paths: Iterable[Path]) -> None:
     """Warns of files that seem to be scans or masks, and are left out."""
-    others = [p for p in paths if OTHER_FORMATS.search(p.name) and not p.name.startswith(".")]
-    if others := [path for path in others if not is_nifti(path)]:
+    others = [
+        path
+        for path in paths
+        if re.fullmatch(IMAGE_FILE, path.name) and not (is_nifti(path) or path.name.startswith("."))
+    ]
+    if others:
         _LOG.warning(
             "%d files are left out, for their names do not end in .nii or .nii.gz, such as %s: "
             "rename them, or convert what is no NIfTI (SimpleITK reads and writes most formats).",

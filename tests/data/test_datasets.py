@@ -24,7 +24,7 @@ def touch(root, *names):
 
 
 def test_lits_pairs_by_number_across_folders(tmp_path):
-    touch(tmp_path, "a/volume-10.nii", "a/volume-2.nii", "b/volume-3.nii.gz")
+    touch(tmp_path, "a/volume-10.nii", "a/volume-2.nii", "volume-3.old/volume-3.nii.gz")
     touch(tmp_path, "labels/segmentation-2.nii", "labels/segmentation-10.nii")
     touch(tmp_path, "a/._volume-2.nii")  # left by macOS
     scans = datasets.find_scans(tmp_path, "liver")
