@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from sammix_jax import hosts
 from sammix_jax.data import hdf5
+from sammix_jax.data.datasets import Scan
 from sammix_jax.data.split_files import (
     kept_digests,
     training_scans,
@@ -23,8 +24,14 @@ from sammix_jax.evaluation.results import (
     write_cases,
     write_results,
 )
-from sammix_jax.evaluation.scans import read_labelled, scan_digests, scans_to_score
+from sammix_jax.evaluation.scans import (
+    LabelledScan,
+    read_labelled,
+    scan_digests,
+    scans_to_score,
+)
 from sammix_jax.evaluation.scores import Case, score_guidance, score_scan
+from sammix_jax.evaluation.so_far import ScoredScan, ScoredSoFar
 from sammix_jax.inference import VolumePrediction, make_predict, mesh_of, predict_volume
 from sammix_jax.method.cam import mask_to_box
 from sammix_jax.systems.named import make_system
@@ -43,8 +50,10 @@ class IncompleteEvaluation(UserError):
 
 
 def evaluate(config, workdir) -> Evaluation:
-    """Evaluates the best checkpoint; writes cases.csv and results.json into `results_folder`, and
-    until all scans are scored those that are into cases_so_far.csv.
+    """Evaluates the best checkpoint; writes cases.csv and results.json into `results_folder`.
+
+    Until all scans are scored those that are lie in cases_so_far.csv, and in so_far/ all that an
+    evaluation of the same model takes over of them when it goes on with the others.
 
     Args:
       config: the run's config; `config.evaluate` says which scans and protocols.
@@ -71,52 +80,78 @@ def evaluate(config, workdir) -> Evaluation:
         )
     kept = {} if config.evaluate.root else kept_digests(workdir)
     folder = results_folder(config, workdir)
-    cases, guidance, examples, seen, chose, digests = [], [], [], [], [], {}
+    so_far = ScoredSoFar(folder, config, step)
+    scored, before, seen, chose, digests = [], 0, [], [], {}
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=hosts.hides_progress()):
         # All processes predict a scan, or none.
-        known, fault = hosts.for_all(functools.partial(read_labelled, scan, config), scan.image)
-        if not fault:
-            found = scan_digests(known)
-            if kept.get(scan.name, found) != found:
-                fault = (
-                    f"{scan.image}: other voxels, or another mask, than when {workdir} was "
-                    "trained; bring them back as they were, or name them as other scans with "
-                    "--config.evaluate.root=DIR."
-                )
+        read = functools.partial(_read, scan, config, workdir, kept.get(scan.name))
+        found, fault = hosts.for_all(read, scan.image)
         if fault:
             _LOG.error("%s", fault)
             faults.append(fault)
             continue
-        prediction = predict_volume(predict, variables, known.volume, known.truth, config)
-        digests[scan.name] = "-".join(found)
+        known, of_scan = found
+        digests[scan.name] = "-".join(of_scan)
         # Masks without the organ are all alike.
-        telling = found if known.organ_pixels.any() else found[1:]
+        telling = of_scan if known.organ_pixels.any() else of_scan[1:]
         if trained.digests.intersection(telling):
             seen.append(scan.name)
         if trained.chose.intersection(telling):
             chose.append(scan.name)
-        # Surfaces take gigabytes: once a machine, not once a process.
-        score = functools.partial(score_scan, known, prediction, protocols, config)
-        scored = hosts.on_first(score)
-        if scored:
-            cases += scored
-            write_cases(folder / CASES_SO_FAR, cases)
-            guidance.append(score_guidance(known, prediction))
-            examples.append(_example(scored[0], prediction))
+        taken = hosts.on_first(functools.partial(so_far.load, scan.name, of_scan))
+        if hosts.any_process(taken is not None):
+            before += 1
+        else:
+            prediction = predict_volume(predict, variables, known.volume, known.truth, config)
+            score = functools.partial(_score, known, prediction, protocols, config)
+            # Surfaces take gigabytes: once a machine, not once a process.
+            taken = hosts.on_first(score)
+            if taken:
+                so_far.save(taken, of_scan)
+        if taken:
+            scored.append(taken)
+            write_cases(folder / CASES_SO_FAR, [case for scan in scored for case in scan.cases])
     if not digests:
         raise UserError("no scan could be scored:" + listed(faults))
+    if before:
+        _LOG.info("%d of %d scans were scored before, and are taken over", before, len(digests))
     evaluation = Evaluation([], {}, [])
     if hosts.is_first():
+        cases = [case for scan in scored for case in scan.cases]
+        guidance = [scan.guidance for scan in scored]
         results = collect(config, workdir, cases, guidance, faults, seen, digests, chose, step)
         for warning in seen_before(results):
             _LOG.warning(warning)
-        evaluation = Evaluation(cases, results, examples)
+        evaluation = Evaluation(cases, results, [scan.example for scan in scored])
         write_results(folder, results, cases)
+        if not faults:  # with some the same command comes again, once they are mended
+            so_far.clear()
     if faults:
         told = f"{len(faults)} of {len(faults) + len(digests)} scans could not be scored"
         rest = f"the results of the others are in {folder}"
         raise IncompleteEvaluation(f"{told}; {rest}:{listed(faults)}", evaluation)
     return evaluation
+
+
+def _read(
+    scan: Scan, config, workdir, digests: tuple[str, str] | None
+) -> tuple[LabelledScan, tuple[str, str]]:
+    """A scan and its digests, which must be those of the workdir's training where it has any."""
+    known = read_labelled(scan, config)
+    found = scan_digests(known)
+    if digests not in (None, found):
+        raise UserError(
+            f"{scan.image}: other voxels, or another mask, than when {workdir} was trained; bring "
+            "them back as they were, or name them as other scans with --config.evaluate.root=DIR."
+        )
+    return known, found
+
+
+def _score(
+    known: LabelledScan, prediction: VolumePrediction, protocols: tuple[str, ...], config
+) -> ScoredScan:
+    cases = score_scan(known, prediction, protocols, config)
+    return ScoredScan(cases, score_guidance(known, prediction), _example(cases[0], prediction))
 
 
 def _example(case: Case, prediction: VolumePrediction) -> Example:

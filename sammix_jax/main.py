@@ -33,6 +33,8 @@ from sammix_jax.systems.system import ORACLES
 
 flags.adopt_module_key_flags(options)  # so that --help tells of them
 
+# Whose same command takes up what was done before it was stopped.
+_GOING_ON = ("train", "pretrain", "prepare", "evaluate")
 # A disk or a quota that is full, or a folder that may only be read.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _OUT_OF_MEMORY = (
@@ -69,7 +71,7 @@ def main(argv) -> int:
         print(f"{stopped}; run the same command to go on.", file=sys.stderr)
         return hosts.TERMINATED
     except KeyboardInterrupt as stopped:
-        goes_on = "; run the same command to go on" * (mode in ("train", "pretrain", "prepare"))
+        goes_on = "; run the same command to go on" * (mode in _GOING_ON)
         print(f"{str(stopped) or 'stopped'}{goes_on}.", file=sys.stderr)
         if jax.distributed.is_initialized():
             return hosts.leave(128 + signal.SIGINT)

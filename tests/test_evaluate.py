@@ -121,7 +121,7 @@ def test_cam_reads_no_truth(run, config, others, tmp_path, monkeypatch):
     assert before.summary["cam"]["dice"] != after.summary["cam"]["dice"]
 
 
-def test_one_bad_scan_does_not_waste_the_others(run, config, others, tmp_path):
+def test_one_bad_scan_does_not_waste_the_others(run, config, others, tmp_path, monkeypatch):
     root = tmp_path / "scans"
     shutil.copytree(others, root)
     bad = next(root.glob("segmentation-1.*"))
@@ -137,6 +137,9 @@ def test_one_bad_scan_does_not_waste_the_others(run, config, others, tmp_path):
     assert [bad.name in fault for fault in results["faults"]] == [True]
     assert raised.value.evaluation.results == results
     assert saved_results(config, run) is None  # so that it is done again
+    with pytest.raises(IncompleteEvaluation), monkeypatch.context() as patch:
+        patch.setattr(evaluation_module, "predict_volume", None)  # not for the others, though
+        evaluate(config, run)
 
     for path in root.glob("segmentation-*"):
         path.write_bytes(b"")
@@ -144,30 +147,47 @@ def test_one_bad_scan_does_not_waste_the_others(run, config, others, tmp_path):
         evaluate(config, run)
 
 
-def test_what_was_scored_before_a_crash_is_there(run, config, monkeypatch):
+def test_what_was_scored_before_a_crash_is_taken_over(run, config, monkeypatch, caplog):
     """And results name the checkpoint that was scored, though a run has a better one by then."""
-    config.evaluate.part, config.evaluate.protocols = "train", ("none",)
+    config.evaluate.part, config.evaluate.protocols = "train", ("cam", "none")
+    whole = evaluate(config, run)
     folder, score, scored = results_folder(config, run), evaluation_module.score_scan, []
+    assert not (folder / "so_far").exists()
+    (folder / "results.json").unlink()
 
-    def fails(*args):
+    def fails(known, *args):
         if scored:
             raise MemoryError
-        scored.append(args)
-        return score(*args)
+        scored.append(known.name)
+        return score(known, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation_module, "score_scan", fails)
         with pytest.raises(MemoryError):
             evaluate(config, run)
     kept = (folder / "cases_so_far.csv").read_text().splitlines()
-    assert len(kept) == 2 and not (folder / "results.json").exists()
+    assert len(kept) == 1 + 2 and not (folder / "results.json").exists()
 
     monkeypatch.setattr(results_module, "best_step", lambda workdir: 10**6)
-    results = evaluate(config, run).results
-    assert 0 < results["checkpoint_step"] < 10**6
+    predicted, predict_volume = [], evaluation_module.predict_volume
+
+    def predicts(predict, variables, volume, *args):
+        predicted.append(volume.path)
+        return predict_volume(predict, variables, volume, *args)
+
+    monkeypatch.setattr(evaluation_module, "predict_volume", predicts)
+    caplog.set_level("INFO")
+    found = evaluate(config, run)
+    assert "1 of 2 scans were scored before, and are taken over" in caplog.text
+    assert len(predicted) == 1 and scored[0] not in predicted[0].name
+    assert found.results == whole.results and found.cases == whole.cases
+    assert 0 < found.results["checkpoint_step"] < 10**6
+    for one, other in zip(found.examples, whole.examples, strict=True):
+        np.testing.assert_array_equal(one.predicted, other.predicted)
+        np.testing.assert_array_equal(one.cam, other.cam)
     cases = (folder / "cases.csv").read_text().splitlines()
-    assert cases[:2] == kept and len(cases) == 3
-    assert not (folder / "cases_so_far.csv").exists()
+    assert cases[:3] == kept and len(cases) == 1 + 4
+    assert not (folder / "cases_so_far.csv").exists() and not (folder / "so_far").exists()
 
 
 def test_scans_that_trained_the_model_are_named(run, config, caplog):

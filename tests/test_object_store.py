@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from object_store import ObjectStore, upload
-from scored import DICES, evaluation
+from scored import DICES, case, evaluation, example
 
 from sammix_jax import options, prepare
 from sammix_jax.config import default_config
@@ -26,7 +26,9 @@ from sammix_jax.errors import UserError
 from sammix_jax.evaluate import evaluate
 from sammix_jax.evaluation.report import write_report
 from sammix_jax.evaluation.results import load_results, write_results
+from sammix_jax.evaluation.scores import Guidance
 from sammix_jax.evaluation.seeds import over_seeds, write_over_seeds
+from sammix_jax.evaluation.so_far import ScoredScan, ScoredSoFar
 from sammix_jax.predict import predict
 from sammix_jax.training import log as train_log
 from sammix_jax.training.log import TrainLog, read_log
@@ -234,6 +236,18 @@ def test_evaluate_a_folder_of_scans(workdir, lits, tmp_path):
         scores.append(evaluate(config, tmp_path / "run").cases)
         assert load_results(config, tmp_path / "run")["evaluate"]["root"] == root
     assert scores[0] == scores[1]
+
+
+def test_scans_scored_so_far():
+    done = case("v-1", "cam", 0.8)
+    so_far = ScoredSoFar(BUCKET / "evaluation" / "test", default_config(), 40)
+    so_far.save(
+        ScoredScan([done], Guidance(np.ones(2), None, None, None), example(done)), ("a", "b")
+    )
+    assert so_far.load("v-1", ("a", "b")).cases == [done]
+    assert so_far.load("v-1", ("a", "c")) is None
+    so_far.clear()
+    assert so_far.load("v-1", ("a", "b")) is None
 
 
 def test_results_report_and_means(tmp_path):
