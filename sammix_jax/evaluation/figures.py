@@ -1,7 +1,10 @@
 """Pictures that a person looks at: a mask on its scan, a case with its CAM, curves and scores."""
 
+import re
+
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sammix_jax.data.files import whole_file
 from sammix_jax.data.volumes import Volume
@@ -10,9 +13,10 @@ TRUTH, PREDICTION, BOX, FAILURE = "#4cc38a", "#ff9f1c", "#5aa9ff", "#e5484d"
 # Ink that reads on white and on black; plots are transparent.
 INK = "#8a8f98"
 
+# Title → the metrics that it shows.
 CURVES = {
-    "loss in training": ("train/loss", "train/classification_loss", "train/dice_loss"),
-    "validation: Dice per volume, accuracy per slice": ("val/dice", "val/accuracy"),
+    "loss in training, and its parts": re.compile(r"train/(\w+_)?loss"),
+    "validation: Dice per volume, accuracy per slice": re.compile(r"val/(dice|accuracy)"),
 }
 
 
@@ -56,6 +60,15 @@ def case(
     """
     panels = 1 if cam is None else 2
     figure = Figure(figsize=(3.6, 3.6 * panels), layout="constrained", facecolor="black")
+    lines = {"truth": TRUTH, "prediction": PREDICTION} | ({} if box is None else {"CAM's box": BOX})
+    figure.legend(
+        handles=[Line2D([], [], color=colour, label=name) for name, colour in lines.items()],
+        loc="outside lower center",
+        ncols=len(lines),
+        frameon=False,
+        labelcolor="white",
+        fontsize=8,
+    )
     above, *others = figure.subplots(panels, 1, squeeze=False)[:, 0]
     _show(above, hu, window)
     _contour(above, truth, TRUTH)
@@ -74,17 +87,16 @@ def case(
 def curves(rows: list[tuple[int, str, float]]) -> dict[str, Figure]:
     """Loss and validation over steps, by title, from the rows of metrics.csv; those there are."""
     figures = {}
-    for title, names in CURVES.items():
-        points = {
-            name: [(step, value) for step, metric, value in rows if metric == name]
-            for name in names
-        }
-        if not any(points.values()):
+    for title, metrics in CURVES.items():
+        points = {}
+        for step, metric, value in rows:
+            if metrics.fullmatch(metric):
+                points.setdefault(metric, []).append((step, value))
+        if not points:
             continue
         figure, axis = _plot()
-        for name, known in points.items():
-            if known:
-                axis.plot(*zip(*known, strict=True), label=name.split("/")[1], marker=".")
+        for name, known in sorted(points.items(), key=lambda item: len(item[0])):
+            axis.plot(*zip(*known, strict=True), label=name.split("/")[1], marker=".")
         axis.set_xlabel("step")
         axis.legend(frameon=False, labelcolor=INK)
         figures[title] = figure

@@ -15,7 +15,7 @@ def mask_loss(
     weights,
     valid: jax.Array | None = None,
     counted: jax.Array | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Dice, and cross-entropy beside it where `weights` (`config.loss`) has it.
 
     Args:
@@ -23,11 +23,15 @@ def mask_loss(
       weights: `config.loss`.
       valid: (N, H, W) bool, pixels that count; None counts all.
       counted: (N,) float, by how much each slice counts; None counts all alike.
+
+    Returns:
+      The loss, and its parts without their weights: "dice_loss", and "bce_loss" if there is one.
     """
-    loss = losses.dice_loss(logits, target, weights.dice_smooth, counted, valid)
-    if weights.bce:
-        loss += weights.bce * losses.bce_loss(logits, target, counted, valid)
-    return loss
+    dice = losses.dice_loss(logits, target, weights.dice_smooth, counted, valid)
+    if not weights.bce:
+        return dice, {"dice_loss": dice}
+    bce = losses.bce_loss(logits, target, counted, valid)
+    return dice + weights.bce * bce, {"dice_loss": dice, "bce_loss": bce}
 
 
 def classification_loss(
@@ -68,22 +72,22 @@ def sam_mix_loss(
       segmentation_share, classification_share: by which the weights are multiplied.
 
     Returns:
-      The loss, and its parts by name; scalars.
+      The loss; and by name its parts without their weights, and what else tells of it. Scalars.
     """
     classification, accuracy = classification_loss(
         output.class_logits, image_label, weights.classifier, classification_share
     )
     logits, candidates, iou = output.masks
-    segmentation = mask_loss(logits, masks, weights)
+    segmentation, parts = mask_loss(logits, masks, weights)
     if weights.iou:
         truth = jnp.broadcast_to(masks[:, None], candidates.shape)  # (L, M, H, W)
-        segmentation += weights.iou * losses.iou_loss(iou, candidates, truth)
+        parts["iou_loss"] = losses.iou_loss(iou, candidates, truth)
+        segmentation += weights.iou * parts["iou_loss"]
     segmentation_weight = weights.segmentation * segmentation_share
     loss = weights.classification * classification + segmentation_weight * segmentation
-    return loss, {
+    return loss, parts | {
         "loss": loss,
         "classification_loss": classification,
-        "dice_loss": losses.dice_loss(logits, masks, smooth=weights.dice_smooth),
         "accuracy": accuracy,
         "empty_cams": jnp.mean(output.prompt.empty.astype(jnp.float32)),
     }

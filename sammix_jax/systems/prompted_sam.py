@@ -47,8 +47,10 @@ class PromptedSamSystem(System):
             shape = output.candidates.shape  # (B, M, H, W)
             truth = jnp.broadcast_to(view.masks[:, None], shape)
             counted = jnp.broadcast_to(view.counted[:, None], shape[:2])
-            found = iou_loss(output.iou, output.candidates, truth, counted)
-            loss += weights.iou * view.share * found
+            metrics["iou_loss"] = view.share * iou_loss(
+                output.iou, output.candidates, truth, counted
+            )
+            loss += weights.iou * metrics["iou_loss"]
         loss *= weights.segmentation
         return loss, (metrics | {"loss": loss}, {})
 

@@ -70,7 +70,7 @@ class SamMixSystem(System):
         known = part.share((part.image_label >= 0).sum(), (part.labels >= 0).sum())
         loss, metrics = sam_mix_loss(output, masks, part.image_label, config.loss, segments, known)
         if taught:
-            consistency = mask_loss(
+            consistency, _ = mask_loss(
                 layout.rest(all_masks.logits), pseudo.target, config.loss, pseudo.valid
             )
             start, length = config.consistency.start_step, config.consistency.ramp_steps

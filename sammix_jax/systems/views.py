@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from sammix_jax.method.augment import AUGMENTATIONS, move, move_masks
-from sammix_jax.method.losses import dice_loss
 from sammix_jax.method.objective import mask_loss
 from sammix_jax.method.preprocess import scale_slices
 from sammix_jax.systems.system import Microbatch
@@ -88,8 +87,7 @@ def segmentation(logits: jax.Array, view: View, weights) -> tuple[jax.Array, dic
       weights: `config.loss`.
 
     Returns:
-      The loss without `loss.segmentation`; and "dice_loss".
+      The loss without `loss.segmentation`; and its parts, as of `mask_loss`.
     """
-    loss = view.share * mask_loss(logits, view.masks, weights, counted=view.counted)
-    dice = view.share * dice_loss(logits, view.masks, weights.dice_smooth, view.counted)
-    return loss, {"dice_loss": dice}
+    loss, parts = mask_loss(logits, view.masks, weights, counted=view.counted)
+    return view.share * loss, {name: view.share * part for name, part in parts.items()}

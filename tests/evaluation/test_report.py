@@ -8,6 +8,7 @@ from scored import DICES, evaluation, example
 
 from sammix_jax.config import default_config
 from sammix_jax.data.files import write_json
+from sammix_jax.evaluation import figures
 from sammix_jax.evaluation.report import write_report
 from sammix_jax.evaluation.results import Evaluation, collect
 from sammix_jax.evaluation.scores import Case, Guidance
@@ -58,6 +59,14 @@ def test_what_spoils_the_numbers_is_told_first(run, tmp_path):
     assert len(warnings) == 2 and page.index(warnings[1]) < page.index("<table")
     assert "1 of these scans trained the model" in warnings[0] and "v-2" in warnings[0]
     assert "&lt;x&gt;.nii: cut short" in warnings[1]
+
+
+def test_every_part_of_the_loss_has_its_curve():
+    names = ("val/accuracy", "train/bce_loss", "train/accuracy", "train/loss", "val/dice")
+    drawn = figures.curves([(step, name, 0.5) for step in (1, 2) for name in names])
+    shown = [[line.get_label() for line in figure.axes[0].lines] for figure in drawn.values()]
+    assert shown == [["loss", "bce_loss"], ["dice", "accuracy"]]
+    assert not figures.curves([(1, "train/host_mib", 2.0)])
 
 
 def test_nothing_scored_and_no_curves(run, tmp_path):

@@ -33,5 +33,11 @@ def test_the_loss_is_the_sum_of_its_weighted_parts(config, classifier, bce, iou)
         + bce * losses.bce_loss(candidates[:, 1], masks)
         + iou * losses.iou_loss(output.masks.iou, candidates, truth)
     )
-    loss, _ = sam_mix_loss(output, masks, labels, weights)
+    loss, parts = sam_mix_loss(output, masks, labels, weights)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    shares = {"classification_loss": 0.7, "dice_loss": 0.3}
+    shares |= {"bce_loss": 0.3 * bce} if bce else {}
+    shares |= {"iou_loss": 0.3 * iou} if iou else {}
+    assert {name for name in parts if name.endswith("_loss")} == set(shares)
+    told = sum(share * float(parts[name]) for name, share in shares.items())
+    assert told == pytest.approx(float(loss), rel=1e-5)

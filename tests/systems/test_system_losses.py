@@ -62,9 +62,9 @@ def test_the_loss_of_a_segmenter_is_that_of_its_known_masks():
 
     fine, coarse = mean(both(output.logits, masks)), mean(both(deep, masks[:, 1::2, 1::2]))
     assert float(loss) == pytest.approx(0.5 * (2 / 3 * fine + 1 / 3 * coarse), rel=1e-4)
-    assert float(metrics["dice_loss"]) == pytest.approx(
-        mean(lambda i: dice_loss(output.logits[i], masks[i])), rel=1e-4
-    )
+    for name, part_of in (("dice_loss", dice_loss), ("bce_loss", bce_loss)):
+        expected = mean(lambda i, part_of=part_of: part_of(output.logits[i], masks[i]))
+        assert float(metrics[name]) == pytest.approx(expected, rel=1e-4), name
     assert stats == {}
 
 
