@@ -24,9 +24,17 @@ from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.geometry import kept_slices
 from sammix_jax.data.masks import count_organ_pixels, read_annotation
 from sammix_jax.data.paths import Path, absolute, as_path, version
-from sammix_jax.data.scan_writer import clear_abandoned, write_scan
+from sammix_jax.data.scan_writer import clear_abandoned, refuse_other_files, write_scan
 from sammix_jax.data.sides import organ_side
-from sammix_jax.data.slices import MANIFEST, SCAN, VERSION, ScanRecord, SliceStore
+from sammix_jax.data.slices import (
+    HU,
+    MANIFEST,
+    MASK,
+    SCAN,
+    VERSION,
+    ScanRecord,
+    SliceStore,
+)
 from sammix_jax.data.split_files import SCANS
 from sammix_jax.data.store_log import log_store
 from sammix_jax.errors import UserError
@@ -68,6 +76,7 @@ def prepare(config, workdir) -> SliceStore:
     finished = {scan.name: _finished(scan, store, fingerprint_of) for scan in scans}
     missing = [scan for scan in scans if finished[scan.name] is None]
     if missing:
+        refuse_other_files(store / "scans" / scan.name for scan in missing)
         # Until all is done again, nobody takes the store for whole.
         (store / MANIFEST).unlink(missing_ok=True)
         clear_abandoned(store)
@@ -164,12 +173,12 @@ def _prepare_scan(scan: datasets.Scan, store: Path, params: dict) -> ScanRecord:
             f"data.slice_range={tuple(slice_range)}; keep more of them."
         )
     geometry = volume.geometry(params["size"], params["resize"])
-    arrays = {"hu.npy": np.stack([geometry.image_to_square(volume.hu[z]) for z in kept])}
+    arrays = {HU: np.stack([geometry.image_to_square(volume.hu[z]) for z in kept])}
     side = 0.0
     if mask is not None:
         squares = [geometry.mask_to_square(mask[z]) for z in kept]
-        arrays["mask.npy"] = np.stack(squares).astype(np.uint8)
-        side = organ_side(arrays["hu.npy"], arrays["mask.npy"])
+        arrays[MASK] = np.stack(squares).astype(np.uint8)
+        side = organ_side(arrays[HU], arrays[MASK])
     record = ScanRecord(
         name=scan.name,
         **_paths(scan),

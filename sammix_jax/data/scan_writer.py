@@ -4,12 +4,13 @@ import pathlib
 import shutil
 import time
 import uuid
+from collections.abc import Iterable
 
 import numpy as np
 
 from sammix_jax.data.files import read_json, whole_file, write_json
 from sammix_jax.data.paths import Path, is_remote
-from sammix_jax.data.slices import SCAN, ScanRecord
+from sammix_jax.data.slices import ARRAYS, SCAN, ScanRecord
 from sammix_jax.errors import UserError
 
 PARTIAL = ".partial"
@@ -31,6 +32,27 @@ def write_scan(folder: Path, arrays: dict, record: ScanRecord) -> None:
             f"{folder}: could not be written ({error}); make room or place the store elsewhere "
             "with --config.data.store=DIR, then run again: finished scans are kept."
         ) from error
+
+
+def refuse_other_files(folders: Iterable[Path]) -> None:
+    """Refuses to place scans where other files are, which would be lost.
+
+    Args:
+      folders: of scans that are to be written; few of them may exist.
+
+    Raises:
+      UserError: one holds what no store does, such as the scans themselves.
+    """
+    for folder in folders:
+        if not folder.exists():
+            continue
+        inside = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if others := sorted(inside - {SCAN, *ARRAYS}):
+            raise UserError(
+                f"{folder}: a prepared scan would take the place of {', '.join(others[:5])}, which "
+                "no store holds; place the store elsewhere with --config.data.store=DIR, outside "
+                "of the data."
+            )
 
 
 def _write_folder(folder: pathlib.Path, arrays: dict, record: ScanRecord) -> None:

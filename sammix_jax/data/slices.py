@@ -18,6 +18,7 @@ from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 
 MANIFEST, SCAN = "manifest.json", "scan.json"
+HU, MASK = ARRAYS = "hu.npy", "mask.npy"
 VERSION = 4
 
 
@@ -105,6 +106,11 @@ class SliceStore:
         if not path.exists():
             raise UserError(f"{path}: no such file; run --mode=prepare first.")
         manifest = read_json(path)
+        if not isinstance(manifest, dict) or "version" not in manifest:
+            raise UserError(
+                f"{path}: no manifest of a slice store; place the store elsewhere with "
+                "--config.data.store=DIR."
+            )
         if manifest["version"] != VERSION:
             raise UserError(
                 f"{path}: a store of version {manifest['version']}, this code reads {VERSION}; "
@@ -129,11 +135,11 @@ class SliceStore:
 
     def hu(self, slice_id: SliceId) -> np.ndarray:
         """(size, size) int16 HU."""
-        return self._array(slice_id.scan, "hu.npy")[slice_id.position]
+        return self._array(slice_id.scan, HU)[slice_id.position]
 
     def mask(self, slice_id: SliceId) -> np.ndarray:
         """(size, size) uint8, 1 inside the organ; only for slices with `has_mask`."""
-        return self._array(slice_id.scan, "mask.npy")[slice_id.position]
+        return self._array(slice_id.scan, MASK)[slice_id.position]
 
     def _load(self, scan: str, name: str) -> np.ndarray:
         path = self.root / "scans" / scan / name

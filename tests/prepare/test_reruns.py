@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sammix_jax import prepare as prepare_module
+from sammix_jax.data import phantom
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.errors import UserError
 from sammix_jax.prepare import prepare
@@ -168,6 +169,28 @@ def test_a_half_store_of_another_version_is_made_anew(config, tmp_path):
     fields["fingerprint"], fields["geometry"] = "of an older version", {"side": 64}
     path.write_text(json.dumps(fields))
     assert len(prepare(config, tmp_path / "run").records) == 3
+
+
+def test_a_store_takes_the_place_of_no_scans(config, tmp_path):
+    """Whose folders have the names of a store's: nothing of them is lost."""
+    root = tmp_path / "data" / "scans"
+    phantom.write_totalsegmentator(root, 2, seed=1)
+    before = {path: path.stat().st_size for path in root.rglob("*")}
+    config.data.root, config.data.store = str(root), str(tmp_path / "data")
+    told = r"s0000: a prepared scan would take the place of ct\.nii\.gz, segmentations"
+    with pytest.raises(UserError, match=told):
+        prepare(config, tmp_path / "run")
+    assert {path: path.stat().st_size for path in root.rglob("*")} == before
+    assert not (tmp_path / "data" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_the_manifest_of_another_program_is_left_alone(config, tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    config.data.store = str(tmp_path)
+    with pytest.raises(UserError, match=r"manifest\.json: no manifest of a slice store"):
+        prepare(config, tmp_path / "run")
+    assert (tmp_path / "manifest.json").read_text() == content
 
 
 def test_an_unchanged_store_is_not_written_to(config, tmp_path, monkeypatch):
