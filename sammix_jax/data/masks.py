@@ -16,7 +16,7 @@ from sammix_jax.data.nifti import (
     read_nifti,
     to_canonical,
 )
-from sammix_jax.data.paths import as_path
+from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.volumes import Volume
 from sammix_jax.errors import UserError
 
@@ -102,11 +102,7 @@ def read_annotation(
             f"scan {scan.path}; resample the mask onto the scan, or copy the scan's affine into it "
             "if the voxels are known to match."
         )
-    if not np.issubdtype(voxels.dtype, np.integer) and not (np.rint(voxels) == voxels).all():
-        raise UserError(
-            f"{path}: the mask holds values that are no whole numbers (from {voxels.min()} to "
-            f"{voxels.max()}), expected label values; was it resampled with interpolation?"
-        )
+    voxels = _whole(voxels, nifti.slope if nifti.is_scaled else 0.0, path)
     ignored = _is_any(voxels, () if ignore_value is None else (ignore_value,))
     if known_values and not (known := ignored | _is_any(voxels, known_values)).all():
         raise UserError(
@@ -120,6 +116,31 @@ def read_annotation(
         to_canonical(organ, scan.orientation),
         ~to_canonical(ignored, scan.orientation).any(axis=(1, 2)),
     )
+
+
+def _whole(voxels: np.ndarray, slope: float, path: Path) -> np.ndarray:
+    """Labels as whole numbers, though a header scales them.
+
+    nibabel scales what is saved as floats under the header of an integer file, the common way to
+    edit one: labels of 0 to 2 come back as multiples of 2 / 255, each next to its whole number.
+
+    Args:
+      voxels: as the file gives them.
+      slope: by which its header scales them; 0 where it does not.
+      path: for the message.
+    """
+    if np.issubdtype(voxels.dtype, np.integer):
+        return voxels
+    whole = np.rint(voxels)
+    # Half a step of the scaled numbers, and what float32 rounds; a step of 1 tells no labels apart.
+    tolerance = slope / 2 + 1e-3 if 0 < slope < 1 else 0.0
+    if not (np.abs(voxels - whole) <= tolerance).all():
+        scaled = f", by a header that scales them by {slope:.6g}" if slope else ""
+        raise UserError(
+            f"{path}: the mask holds values that are no whole numbers (from {voxels.min()} to "
+            f"{voxels.max()}{scaled}), expected label values; was it resampled with interpolation?"
+        )
+    return whole
 
 
 def _is_any(voxels: np.ndarray, values: tuple[int, ...]) -> np.ndarray:

@@ -106,6 +106,8 @@ def read_nifti(path: Path) -> Nifti:
             f"{path}: its voxels do not fit in memory, by its header {image.shape}; where it is "
             "no such large scan the header is damaged: copy or export the file again."
         ) from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder, expected a file; give the one in it.") from error
     except _UNREADABLE as error:
         zipped = isinstance(error, gzip.BadGzipFile)
         raise UserError(

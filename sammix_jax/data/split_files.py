@@ -215,8 +215,9 @@ def _read_split(path: Path, labelled: set[str]) -> Split:
     if not isinstance(fields, dict) or set(fields) != set(PARTS):
         raise UserError(f"{path}: expected an object with the lists {', '.join(PARTS)}.")
     for part in PARTS:
-        if not isinstance(fields[part], list):
-            raise UserError(f"{path}: {part} is {fields[part]!r}, expected a list of scans.")
+        listed = fields[part]
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise UserError(f"{path}: {part} is {listed!r}, expected a list of scans' names.")
     names = [name for part in PARTS for name in fields[part]]
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:

@@ -265,6 +265,8 @@ def test_training_on_hdf5_is_known(tmp_path, config):
         ({"train": ["volume-0"], "val": [], "test": []}, ["volume-0"], "expected"),
         ({"train": ["volume-0"], "val": [], "test": []}, {"scan": "volume-0"}, "expected a list"),
         ({"train": ["volume-0"], "val": None, "test": []}, [], "val is None, expected a list"),
+        ({"train": ["volume-0"], "val": [1], "test": []}, [], r"val is \[1\], expected a list"),
+        ({"train": [["volume-0"]], "val": [], "test": []}, [], "train is .* of scans' names"),
         ({"train": ["volume-0"], "val": [], "test": []},
          [{"scan": "volume-0", "slice": 11}] * 2, "slice 11 of volume-0 stands there twice"),
         ({"train": ["volume-0"], "val": [], "test": []},

@@ -89,6 +89,32 @@ def test_mask_values_choose_the_organ(write_scan, ct):
     assert mask.sum() == np.isin(labels, (1, 2)).sum()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32])
+def test_labels_that_a_header_scales_are_read_as_they_were(tmp_path, write_scan, ct, dtype):
+    """As nibabel saves floats under the header of an integer file."""
+    scan = volumes.read_volume(write_scan("scan.nii.gz", ct))
+    labels = np.random.default_rng(1).integers(0, 3, ct.shape).astype(dtype)
+    source = nib.load(write_scan("labels.nii.gz", labels))
+
+    def saved(values):
+        nib.save(nib.Nifti1Image(values, source.affine, source.header), tmp_path / "edited.nii.gz")
+        return tmp_path / "edited.nii.gz"
+
+    edited = source.get_fdata()
+    edited[:2] = 0
+    path = saved(edited)
+    scaled = nib.load(path).dataobj.slope != 1
+    assert scaled == np.issubdtype(dtype, np.integer)
+    mask = read_mask(path, scan, (1, 2), (0, 1, 2))
+    assert (
+        mask.sum() == (edited > 0).sum() == read_mask(path, scan, (1,)).sum() + (edited == 2).sum()
+    )
+    edited[3, 3, 3] = 0.5
+    told = "no whole numbers .*by a header that scales" if scaled else "no whole numbers"
+    with pytest.raises(UserError, match=told):
+        read_mask(saved(edited), scan, (1, 2))
+
+
 @pytest.mark.parametrize(
     ("voxels", "message"),
     [
@@ -150,6 +176,9 @@ def test_refuses_other_formats_and_missing_files(tmp_path):
         volumes.read_volume(tmp_path / "scan.dcm")
     with pytest.raises(UserError, match="no such file"):
         volumes.read_volume(tmp_path / "nothing.nii.gz")
+    (tmp_path / "unpacked.nii").mkdir()
+    with pytest.raises(UserError, match=r"unpacked\.nii: is a folder, expected a file"):
+        volumes.read_volume(tmp_path / "unpacked.nii")
 
 
 def test_refuses_masks_of_another_grid_or_place(write_scan, ct):
