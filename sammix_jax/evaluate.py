@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +32,7 @@ from sammix_jax.evaluation.scans import (
     scans_to_score,
 )
 from sammix_jax.evaluation.scores import Case, score_guidance, score_scan
-from sammix_jax.evaluation.so_far import ScoredScan, ScoredSoFar
+from sammix_jax.evaluation.so_far import ScoredScan, ScoredSoFar, model_digest
 from sammix_jax.inference import VolumePrediction, make_predict, mesh_of, predict_volume
 from sammix_jax.method.cam import mask_to_box
 from sammix_jax.systems.named import make_system
@@ -49,7 +50,9 @@ class IncompleteEvaluation(UserError):
         self.evaluation = evaluation
 
 
-def evaluate(config, workdir) -> Evaluation:
+def evaluate(
+    config, workdir, report: Callable[[Evaluation], None] = lambda evaluation: None
+) -> Evaluation:
     """Evaluates the best checkpoint; writes cases.csv and results.json into `results_folder`.
 
     Until all scans are scored those that are lie in cases_so_far.csv, and in so_far/ all that an
@@ -58,16 +61,24 @@ def evaluate(config, workdir) -> Evaluation:
     Args:
       config: the run's config; `config.evaluate` says which scans and protocols.
       workdir: a trained workdir.
+      report: is given what was found, on every process, before the parts of it in so_far/ are let
+        go: an evaluation that was cut off in it has nothing to score again.
 
     Returns:
       What was found; nothing on other processes than the first, which alone scores.
 
     Raises:
-      UserError: no labelled scans, none that can be read, or no checkpoint.
-      IncompleteEvaluation: some bad scans, once all others are scored and written.
+      UserError: no labelled scans, none that can be read, or no checkpoint; several processes find
+        different scans.
+      IncompleteEvaluation: some bad scans, once all others are scored, written and reported.
     """
     protocols = scored_protocols(make_system(config), config.evaluate.protocols)
     scans, faults = scans_to_score(config, workdir)
+    if not hosts.all_alike([scan.name for scan in scans]):
+        raise UserError(
+            "the processes of this run find different scans to score; let all machines see the "
+            "same folders."
+        )
     system, variables, step = load_model(config, workdir)
     predict = make_predict(system, config, protocols, mesh_of(variables))
     trained = training_scans(config, workdir)
@@ -80,12 +91,14 @@ def evaluate(config, workdir) -> Evaluation:
         )
     kept = {} if config.evaluate.root else kept_digests(workdir)
     folder = results_folder(config, workdir)
-    so_far = ScoredSoFar(folder, config, step)
+    so_far = ScoredSoFar(folder, config, model_digest(variables))
     scored, before, seen, chose, digests = [], 0, [], [], {}
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=hosts.hides_progress()):
         # All processes predict a scan, or none.
         read = functools.partial(_read, scan, config, workdir, kept.get(scan.name))
         found, fault = hosts.for_all(read, scan.image)
+        if not fault and not hosts.all_alike(found[1]):
+            fault = f"{scan.image}: holds other voxels, or its mask does, on another machine."
         if fault:
             _LOG.error("%s", fault)
             faults.append(fault)
@@ -124,8 +137,9 @@ def evaluate(config, workdir) -> Evaluation:
             _LOG.warning(warning)
         evaluation = Evaluation(cases, results, [scan.example for scan in scored])
         write_results(folder, results, cases)
-        if not faults:  # with some the same command comes again, once they are mended
-            so_far.clear()
+    report(evaluation)
+    if hosts.is_first() and not faults:  # with some the command comes again, once they are mended
+        so_far.clear()
     if faults:
         told = f"{len(faults)} of {len(faults) + len(digests)} scans could not be scored"
         rest = f"the results of the others are in {folder}"

@@ -1,5 +1,6 @@
 """One run on several processes: joining them, telling who writes, and stopping together."""
 
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -137,6 +138,15 @@ def for_all(read, what: str) -> tuple[object, str]:
     if failed:
         return None, fault or f"{what}: failed in another process, which says why."
     return found, ""
+
+
+def all_alike(value) -> bool:
+    """Whether `repr(value)` is the same on every process; all must ask."""
+    if jax.process_count() == 1:
+        return True
+    digest = hashlib.sha256(repr(value).encode()).digest()
+    found = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))  # (processes, 8)
+    return bool((found == found[0]).all())
 
 
 def any_process(here: bool) -> bool:

@@ -6,6 +6,8 @@ python -m sammix_jax.main --mode=summarise --workdir='runs/seed-*'
 """
 
 import errno
+import functools
+import io
 import logging
 import os
 import signal
@@ -56,8 +58,10 @@ def main(argv) -> int:
         # JAX's own handler serves several processes that have something to save, and nobody else.
         if mode not in ("train", "pretrain") or jax.process_count() == 1:
             hosts.let_sigterm_end()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # for terminals that lack a letter
         if not hosts.is_first():  # which alone speaks to the user, but for errors
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 — for the rest of the process
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 — for the rest of the process
         _log_to_terminal()
         if mode == "plan":
             _plan()
@@ -177,22 +181,15 @@ def _example_scan(config, store: SliceStore, workdir: Path) -> str:
 
 
 def _evaluate(config, workdir: Path) -> None:
-    try:
-        _report(config, workdir, evaluate.evaluate(config, workdir))
-    except evaluate.IncompleteEvaluation as error:
-        _report(config, workdir, error.evaluation)
-        raise
-
-
-def _report(config, workdir: Path, evaluation: evaluate.Evaluation) -> None:
-    """By the first process, for which the others wait: it would not outlive them."""
-
-    def write() -> None:
+    def write(evaluation: evaluate.Evaluation) -> None:
         report.write_report(results.results_folder(config, workdir), evaluation, config, workdir)
         print()
         _print_results(config, workdir, evaluation.results)
 
-    hosts.on_first(write)
+    # By the first process, for which the others wait: it would not outlive them.
+    evaluate.evaluate(
+        config, workdir, lambda evaluation: hosts.on_first(functools.partial(write, evaluation))
+    )
 
 
 def _print_results(config, workdir: Path, found: dict) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from sammix_jax import hosts
 from sammix_jax.data import volumes
 from sammix_jax.data.datasets import CASE_IMAGES
+from sammix_jax.data.digests import image_digest
 from sammix_jax.data.files import local_copy, read_json
 from sammix_jax.data.hdf5 import is_hdf5
 from sammix_jax.data.masks import file_voxels, write_mask
@@ -67,6 +68,11 @@ def predict(config, workdir, source, target, skip_existing: bool = False) -> lis
         bad scans, once all others are predicted.
     """
     pairs = every = _pairs(as_path(source), as_path(target))
+    if not hosts.all_alike(every):
+        raise UserError(
+            f"--input={source}: the processes of this run find different scans there; let all "
+            "machines see the same folder."
+        )
     if skip_existing:
         # Masks may lie on the first process's disk alone.
         pairs = [pair for pair in every if not hosts.any_process(pair[1].exists())]
@@ -91,6 +97,8 @@ def predict(config, workdir, source, target, skip_existing: bool = False) -> lis
     for scan, mask_path in tqdm(pairs, desc="predict", unit="scan", disable=hidden):
         # All processes predict a scan, or none.
         volume, fault = hosts.for_all(functools.partial(read_volume, scan), scan)
+        if not fault and not hosts.all_alike(image_digest(volume.hu)):
+            fault = f"{scan}: holds other voxels on another machine."
         if not fault:
             (mask,) = predict_volume(step, variables, volume, None, config).masks.values()
             write = functools.partial(_write, volume, mask, mask_path, config)
@@ -133,22 +141,7 @@ def _tell_of_other_scans(config, workdir, scans: list[Path]) -> None:
 
 def _check_places(masks: list[Path]) -> None:
     """Before anything is computed: a mask that cannot be written is hours lost."""
-    faults = []
-    for mask in masks:
-        overlay = _overlay(mask)
-        made = _kept_digest(overlay) if overlay.exists() else ""
-        if overlay.exists() and not made:
-            faults.append(
-                f"--output={mask}: its overlay would replace {overlay.name}, which this program "
-                "did not make"
-            )
-        # Else a reference, or a mask that was corrected by hand.
-        if mask.exists() and not (made and made == _file_digest(mask)):
-            faults.append(
-                f"--output={mask}: is there already, and is no mask of this program as "
-                f"{overlay.name} beside it knows it"
-            )
-    if faults:
+    if faults := [fault for mask in masks for fault in _in_the_way(mask)]:
         raise UserError(
             "files are in the way: give another place, move them, or leave out the scans that have "
             f"masks with --skip_existing:{listed(faults)}"
@@ -164,11 +157,31 @@ def _check_places(masks: list[Path]) -> None:
             raise UserError(f"--output: {folder} cannot be written to; give another folder.")
 
 
+def _in_the_way(mask: Path) -> list[str]:
+    """What a new mask here would replace that is not this program's, or was changed since."""
+    faults, overlay = [], _overlay(mask)
+    made = _kept_digest(overlay) if overlay.exists() else ""
+    if overlay.exists() and not made:
+        faults.append(
+            f"--output={mask}: its overlay would replace {overlay.name}, which this program did "
+            "not make"
+        )
+    # Else a reference, or a mask that was corrected by hand.
+    if mask.exists() and not (made and made == _file_digest(mask)):
+        faults.append(
+            f"--output={mask}: is there already, and is no mask of this program as {overlay.name} "
+            "beside it knows it"
+        )
+    return faults
+
+
 def _write(volume: volumes.Volume, mask: np.ndarray, mask_path, config) -> Prediction:
     overlay = _overlay(mask_path)
     if hosts.is_first():  # which alone writes
-        # `_check_places` knows a mask of this program by its overlay. In this order one that is cut
-        # off leaves no mask beside the overlay of another.
+        if faults := _in_the_way(mask_path):  # by now: hours may have passed
+            raise UserError(f"{faults[0]}; it was not so at the start, and is left as it is.")
+        # A mask of this program is known by its overlay. In this order one that is cut off leaves
+        # no mask beside the overlay of another.
         try:
             mask_path.unlink(missing_ok=True)
         except OSError as error:

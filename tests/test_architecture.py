@@ -42,7 +42,7 @@ def room(path: pathlib.Path) -> str:
 def imported(path: pathlib.Path) -> set[str]:
     """Names of this project's modules that a file imports, such as `data.volumes`."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: relative import"
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}

@@ -55,7 +55,7 @@ def test_defaults_are_the_configs(field, default, certainty):
 
 def test_certainty_agrees_with_the_configs_comments():
     """A letter that a field's comment gives its default opens the table's cell too."""
-    source = pathlib.Path(default_config.__code__.co_filename).read_text()
+    source = pathlib.Path(default_config.__code__.co_filename).read_text(encoding="utf-8")
     sections = {"inputs": "input"}
     of_the_authors_alternative = {"data.central_fraction", "input.scaling"}
     stated = {}
@@ -78,7 +78,7 @@ def test_certainty_agrees_with_the_configs_comments():
 
 def anchors(page: pathlib.Path) -> set[str]:
     """What GitHub makes of the page's headings."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 

@@ -63,7 +63,7 @@ def test_unseen_patients_under_three_protocols(run, config):
     assert 0 < evaluation.results["prompt"]["box_iou"] <= 1
 
     folder = results_folder(config, run)
-    with open(folder / "cases.csv", newline="") as file:
+    with open(folder / "cases.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 and float(rows[0]["dice"]) == by["cam"].dice
     assert saved_results(config, run) == evaluation.results
@@ -188,6 +188,22 @@ def test_what_was_scored_before_a_crash_is_taken_over(run, config, monkeypatch, 
     cases = (folder / "cases.csv").read_text().splitlines()
     assert cases[:3] == kept and len(cases) == 1 + 4
     assert not (folder / "cases_so_far.csv").exists() and not (folder / "so_far").exists()
+
+
+def test_an_evaluation_that_ends_in_its_report_scores_nothing_again(run, config, monkeypatch):
+    config.evaluate.protocols = ("none",)
+    told = []
+
+    def fails(evaluation):
+        told.append(evaluation.results)
+        raise UserError("no room for the report")
+
+    with pytest.raises(UserError, match="no room"):
+        evaluate(config, run, fails)
+    monkeypatch.setattr(evaluation_module, "predict_volume", None)
+    evaluate(config, run, lambda evaluation: told.append(evaluation.results))
+    assert told[0] == told[1] and told[0]["scans"]
+    assert not (results_folder(config, run) / "so_far").exists()
 
 
 def test_scans_that_trained_the_model_are_named(run, config, caplog):

@@ -240,7 +240,7 @@ def test_evaluate_a_folder_of_scans(workdir, lits, tmp_path):
 
 def test_scans_scored_so_far():
     done = case("v-1", "cam", 0.8)
-    so_far = ScoredSoFar(BUCKET / "evaluation" / "test", default_config(), 40)
+    so_far = ScoredSoFar(BUCKET / "evaluation" / "test", default_config(), "model")
     so_far.save(
         ScoredScan([done], Guidance(np.ones(2), None, None, None), example(done)), ("a", "b")
     )

@@ -189,6 +189,23 @@ def test_only_masks_of_this_program_are_replaced(tmp_path, workdir, config, scan
         predict(config, workdir, images, tmp_path / "fresh")
 
 
+def test_a_mask_that_is_corrected_meanwhile_stays(tmp_path, workdir, config, scan, monkeypatch):
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    target = tmp_path / "mask.nii.gz"
+    predict(config, workdir, tmp_path / "scan.nii.gz", target)
+
+    def corrects(*given):
+        mask = nib.load(target)
+        nib.save(nib.Nifti1Image(1 - np.asarray(mask.dataobj), mask.affine, mask.header), target)
+        return predict_volume(*given)
+
+    monkeypatch.setattr(predict_module, "predict_volume", corrects)
+    before = np.asarray(nib.load(target).dataobj)
+    with pytest.raises(UserError, match=r"mask\.nii\.gz: is there already.*is left as it is"):
+        predict(config, workdir, tmp_path / "scan.nii.gz", target)
+    np.testing.assert_array_equal(np.asarray(nib.load(target).dataobj), 1 - before)
+
+
 def test_a_prediction_that_was_cut_off_is_made_anew(tmp_path, workdir, config, scan, monkeypatch):
     """After the overlay, and where a mask of another model lay before."""
     nib.save(scan, tmp_path / "scan.nii.gz")

@@ -58,6 +58,7 @@ with hosts.Termination(0) as termination:
         if termination.asked(step):
             print("process", me, "was asked to stop after step", step)
             break
+print("process", me, "alike", hosts.all_alike(["a scan"]), hosts.all_alike(["a scan", me]))
 print("process", me, "bar", hosts.hides_progress())
 hosts.wait_for_all("end")
 """
@@ -74,6 +75,7 @@ def test_two_processes_share_a_batch_and_write_once(tmp_path):
     # A SIGTERM to one of them stops both, after one and the same step.
     stopped = dict(re.findall(r"process (\d) was asked to stop after step (\d+)", output))
     assert stopped.keys() == {"0", "1"} and stopped["0"] == stopped["1"], output
+    assert "process 0 alike True False" in output and "process 1 alike True False" in output
     assert "process 0 bar None" in output and "process 1 bar True" in output
     assert "process 0 is told: no scans" in output and "process 0 is told: no bucket" in output
     assert output.count("process 1 is told: the first process failed") == 2
@@ -152,7 +154,7 @@ import sys, time
 from absl import app
 from sammix_jax import evaluate, hosts, main, options
 from sammix_jax.errors import UserError
-def scored(config, workdir):
+def scored(config, workdir, report):
     hosts.any_process(False)
     print("scores", file=sys.stderr, flush=True)
     if sys.argv[0].endswith("fails.py") and hosts.is_first():
@@ -193,8 +195,9 @@ import os, sys, time, types
 from absl import app
 from sammix_jax import evaluate, hosts, main, options
 page = os.path.join(os.path.dirname(sys.argv[0]), "page")
-def scored(config, workdir):
+def scored(config, workdir, report):
     found = types.SimpleNamespace(results={})
+    report(found)
     raise evaluate.IncompleteEvaluation("1 of 2 scans could not be scored", found)
 def write_report(*_):
     time.sleep(3)

@@ -32,7 +32,7 @@ def test_training_learns_and_logs(workdir):
     assert len(losses) == 6 and losses[-1] < losses[0]
     dices = [value for _, name, value in read_log(workdir) if name == "train/dice_loss"]
     assert dices[-1] < 0.9 * dices[0]  # the masks too, not the classes alone
-    with open(workdir / "metrics.csv", newline="") as file:
+    with open(workdir / "metrics.csv", encoding="utf-8", newline="") as file:
         names = {row["metric"] for row in csv.DictReader(file)}
     assert {"train/dice_loss", "train/slices_per_second", "val/dice", "val/accuracy"} <= names
     assert list((workdir / "tensorboard").glob("events.*"))

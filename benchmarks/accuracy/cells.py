@@ -75,7 +75,7 @@ def read_scores(rows: Iterable[Row], metrics: Collection[str]) -> list[Score]:
     """What the rows' cases.csv say; `metrics` are columns of it."""
     scores = []
     for row in rows:
-        with open(row.folder / CASES, newline="") as file:
+        with open(row.folder / CASES, encoding="utf-8", newline="") as file:
             for case in csv.DictReader(file):
                 values = {m: float(case[m]) if case[m] else None for m in metrics}
                 which = (row.variant, row.count, row.seed, row.domain)

@@ -61,7 +61,7 @@ def main() -> None:
         args.workdir,
         write,
     )
-    print(f"\n{(args.workdir / 'labels.md').read_text()}")
+    print(f"\n{(args.workdir / 'labels.md').read_text(encoding='utf-8')}")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def write_tables(records: dict[Key, Record], folder: pathlib.Path) -> str:
     write_cells(found, folder / "paper.csv")
     steps = {(system, count): r.steps for (system, count, _), r in records.items()}
     table = markdown(found, steps, DOMAINS)
-    (folder / "paper.md").write_text(table)
+    (folder / "paper.md").write_text(table, encoding="utf-8")
     plot_labels(found, DOMAINS, folder / "paper.png")
     best = best_baseline(found, DOMAINS[0], SHOWN_COUNT)
     curves: dict[str, list] = {}
@@ -126,7 +126,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     run_rows(rows, config_of, args.workdir, write)
-    print(f"\n{(kept / 'paper.md').read_text()}")
+    print(f"\n{(kept / 'paper.md').read_text(encoding='utf-8')}")
 
 
 if __name__ == "__main__":

@@ -97,5 +97,5 @@ def _text(value: float | None) -> str:
 def _read(path: pathlib.Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

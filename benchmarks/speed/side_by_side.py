@@ -27,7 +27,7 @@ def resident_megabytes() -> float:
     """What stays resident, where loading itself has peaked higher."""
     gc.collect()
     time.sleep(1)  # XLA frees a program's temporaries a moment after its results are there
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 

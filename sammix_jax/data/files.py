@@ -79,12 +79,12 @@ class LocalCopies:
 
 def write_json(path, value) -> None:
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1))
+        partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def write_csv(path, columns: Iterable[str], rows: Iterable[Iterable]) -> None:
     """Writes a table; what is None is an empty field."""
-    with whole_file(path) as partial, open(partial, "w", newline="") as file:
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
@@ -106,7 +106,7 @@ def read_json(path):
     if not path.exists():
         raise UserError(f"{path}: no such file.")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}).") from error
 

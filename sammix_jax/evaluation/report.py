@@ -60,7 +60,7 @@ def write_report(folder, evaluation: Evaluation, config, workdir) -> Path:
     for name, example in examples.items():
         figures.save(_case(example, config), folder / f"{name}.png")
     with whole_file(folder / PAGE) as partial:
-        partial.write_text(_page(evaluation, config, as_path(workdir)))
+        partial.write_text(_page(evaluation, config, as_path(workdir)), encoding="utf-8")
     return folder / PAGE
 
 

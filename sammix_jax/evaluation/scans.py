@@ -1,11 +1,13 @@
 """Which scans an evaluation scores, and how it reads them."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sammix_jax import hosts
 from sammix_jax.data import datasets, volumes
 from sammix_jax.data.digests import image_digest, label_digest
 from sammix_jax.data.geometry import kept_slices
@@ -129,12 +131,12 @@ def draw_scans(scans: Sequence[datasets.Scan], config) -> tuple[list[datasets.Sc
     for i in np.random.default_rng(config.evaluate.seed).permutation(len(ordered)):
         if len(drawn) == wanted:
             break
-        try:
-            shows = read_labelled(ordered[i], config).organ_pixels.any()
-        except UserError as error:
-            faults.append(str(error))
-            continue
-        if shows:
+        # All processes draw a scan, or none.
+        read = functools.partial(read_labelled, ordered[i], config)
+        found, fault = hosts.for_all(read, ordered[i].image)
+        if fault:
+            faults.append(fault)
+        elif found.organ_pixels.any():
             drawn.append(ordered[i])
     if len(drawn) < wanted:
         unread = f" {len(faults)} cannot be read:{listed(faults)}" if faults else ""

@@ -24,7 +24,7 @@ def sole_writer(workdir):
 
     def take():
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "w")  # noqa: SIM115 — closed below
+        file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115 — closed below
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -47,7 +47,7 @@ class TrainLog:
         rows = [row for row in read_log(workdir) if row[0] <= start]
         path = self._folder / METRICS
         write_csv(path, COLUMNS, rows)
-        self._file = open(path, "a", newline="")  # noqa: SIM115 — closed in __exit__
+        self._file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115 — closed in __exit__
         self._csv = csv.writer(self._file, lineterminator="\n")
         # Not by `SummaryWriter`: its thread ends at the first write that fails, and when the queue
         # before it is full, the run would wait for ever.
@@ -107,7 +107,7 @@ def read_log(workdir) -> list[tuple[int, str, float]]:
     if not path.exists():
         return []
     rows = []
-    with local_copy(path) as local, open(local, newline="") as file:
+    with local_copy(path) as local, open(local, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             try:
                 rows.append((int(row["step"]), row["metric"], float(row["value"])))

@@ -22,7 +22,7 @@ def row(tmp_path):
     def make(dice, variant="sam_mix", count=5, seed=0, domain="portal", box_iou=0.2, auroc=0.9):
         folder = tmp_path / f"{variant}-k{count}-s{seed}" / domain
         folder.mkdir(parents=True)
-        with open(folder / "cases.csv", "w", newline="") as file:
+        with open(folder / "cases.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("scan", "protocol", "status", "dice", "nsd", "hd95_mm", "assd_mm"))
             for scan, value in dice.items():
@@ -159,7 +159,7 @@ def test_the_legend_says_what_the_numbers_are(row):
 def test_csv_has_every_cell(row, tmp_path):
     found = label_cells([row(FIRST), row(SECOND, seed=1)])
     write_cells(found, tmp_path / "labels.csv")
-    with open(tmp_path / "labels.csv", newline="") as file:
+    with open(tmp_path / "labels.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(found) == 6  # Dice, NSD, HD95 and three diagnostics
     first, box_iou = lines[0], next(line for line in lines if line["metric"] == "box_iou")

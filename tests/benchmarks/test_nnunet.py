@@ -282,7 +282,7 @@ def test_the_truth_scores_one(layout, others):
         assert evaluation.results["trained_on"] == []
     folder = layout.output / "evaluation" / "test"
     assert read_json(folder / "results.json") == json.loads(json.dumps(first.results))
-    with open(folder / "cases.csv", newline="") as file:
+    with open(folder / "cases.csv", encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["protocol"], float(row["dice"])) == ("none", 1)
     (elsewhere,) = (layout.output / "evaluation").glob(f"{others.name}-*")

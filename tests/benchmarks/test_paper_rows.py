@@ -56,7 +56,7 @@ def row(tmp_path):
         log = [f"{100 * i + 100},val/dice,{value}" for i, value in enumerate(curve)]
         (workdir / "metrics.csv").write_text("\n".join(["step,metric,value", *log]))
         columns = ("scan", "protocol", "dice", "hd95_mm", "slice_dice", "slice_hausdorff_px")
-        with open(folder / "cases.csv", "w", newline="") as file:
+        with open(folder / "cases.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             for scan, value in zip("ab", dice, strict=True):
@@ -191,7 +191,7 @@ def test_tables_and_figures_are_written_and_drawn(row, tmp_path):
     rows = [row("unet", (0.6, 0.8)), row("sam_mix", (0.8, 0.9), curve=(0.6, 0.8))]
     records = recorded(rows, tmp_path)
     assert paper.write_tables(records, tmp_path) == (tmp_path / "paper.md").read_text()
-    with open(tmp_path / "paper.csv", newline="") as file:
+    with open(tmp_path / "paper.csv", encoding="utf-8", newline="") as file:
         assert {line["variant"] for line in csv.DictReader(file)} == {"unet", "sam_mix"}
     for name in ("paper.png", "steps.png"):
         assert imread(tmp_path / name).std() > 0.01

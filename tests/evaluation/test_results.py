@@ -70,7 +70,7 @@ def test_results_tell_where_they_come_from(run):
     assert kept["classifier"]["accuracy"] == pytest.approx(2 / 3)
     assert kept["prompt"] == {"box_iou": pytest.approx(0.6), "empty_cams": 0.5, "slices": 4}
 
-    with open(run / "out" / "cases.csv", newline="") as file:
+    with open(run / "out" / "cases.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["scan"], row["protocol"]) for row in rows] == [
         ("b", "none"), ("b", "cam"), ("c", "none"), ("c", "cam")]  # fmt: skip
@@ -79,7 +79,7 @@ def test_results_tell_where_they_come_from(run):
 
 def test_no_number_is_an_empty_cell(run):
     write_results(run / "out", {}, [case("b", "cam", None, None, "both_empty")])
-    with open(run / "out" / "cases.csv", newline="") as file:
+    with open(run / "out" / "cases.csv", encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["dice"] == row["hd95_mm"] == "" and row["status"] == "both_empty"
 
@@ -159,7 +159,7 @@ def test_means_over_seeds(run, tmp_path):
 
     write_over_seeds(tmp_path / "means", means)
     assert read_json(tmp_path / "means" / "summary.json") == means
-    with open(tmp_path / "means" / "summary.csv", newline="") as file:
+    with open(tmp_path / "means" / "summary.csv", encoding="utf-8", newline="") as file:
         rows = {(row["protocol"], row["metric"]): row for row in csv.DictReader(file)}
     assert float(rows["cam", "dice"]["std"]) == cam["dice"]["std"]
     assert rows["cam", "scored"] == {

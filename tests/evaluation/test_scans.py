@@ -6,6 +6,7 @@ import pytest
 from sammix_jax.config import default_config
 from sammix_jax.data import datasets
 from sammix_jax.errors import UserError
+from sammix_jax.evaluation import scans as scans_module
 from sammix_jax.evaluation.scans import draw_scans, read_labelled
 
 
@@ -59,6 +60,19 @@ def test_a_draw_passes_over_what_cannot_be_read(drawn_from):
     drawn, faults = draw_scans(scans, config)
     assert "volume-0" not in [scan.name for scan in drawn] and len(drawn) == 8
     assert len(faults) == 1 and "segmentation-0" in faults[0]
+
+
+def test_a_draw_passes_over_what_another_process_cannot_read(drawn_from, monkeypatch):
+    """Or each would score others."""
+    scans, config = drawn_from
+
+    def for_all(read, what, for_all=scans_module.hosts.for_all):
+        return (None, "elsewhere") if what == scans[0].image else for_all(read, what)
+
+    monkeypatch.setattr(scans_module.hosts, "for_all", for_all)
+    config.evaluate.scans = 8
+    drawn, faults = draw_scans(scans, config)
+    assert "volume-0" not in [scan.name for scan in drawn] and faults == ["elsewhere"]
 
 
 def test_kept_slices_are_those_of_preparing(drawn_from):

@@ -56,7 +56,7 @@ def last_logged(workdir) -> int:
 
 
 def printed(workdir) -> str:
-    return pathlib.Path(workdir, "output.txt").read_text()
+    return pathlib.Path(workdir, "output.txt").read_text(encoding="utf-8")
 
 
 def first_step(output: str) -> int:
