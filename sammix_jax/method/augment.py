@@ -3,9 +3,10 @@
 standard  small moves, contrast, brightness, noise; no flips
 nnunet    after nnU-Net's 2D training (Isensee et al. 2021, Nature Methods 18, supplement, and its
           code): any rotation, scale, mirrors, noise, blur, brightness, contrast, low resolution
-          and gamma, each with its own chance. Its grey values have standard deviation 1; here each
-          slice's own takes that place, and the result is cut to [0, 1]. Elastic deformation is
-          off there too.
+          and gamma, each with its own chance. Its grey values have mean 0 and standard deviation 1
+          over the organ; here the middle of the window and each slice's own deviation take these
+          places, the result is cut to [0, 1], and what lies beyond a moved slice is 0, the window's
+          lower end, where nnU-Net has its 0. Elastic deformation is off there too.
 """
 
 import jax
@@ -26,6 +27,7 @@ BLUR = (0.5, 1.0)  # standard deviation, pixels
 TAPS = 3  # pixels to each side that a blur reaches
 NOISE_LEVEL = 0.1  # most, of the slice's standard deviation
 FACTOR = (0.75, 1.25)  # of brightness and of contrast
+MIDDLE = 0.5  # grey that brightness leaves as it is, nnU-Net's 0
 LOW_RESOLUTION = 0.5  # least share of the side
 GAMMA = (0.7, 1.5)
 
@@ -146,7 +148,9 @@ def nnunet_distort(images: jax.Array, keys: jax.Array, strength: float = 1.0) ->
         image = _sometimes(0.1, noise, image, lambda k, x: _noisy(k, x, strength))
         # nnU-Net draws for the slice and then, by a half, for each channel, of which CT has one.
         image = _sometimes(0.2 * 0.5, softened, image, lambda k, x: blur(x, _uniform(k, *BLUR)))
-        image = _sometimes(0.15, brightness, image, lambda k, x: x * _uniform(k, low, high))
+        image = _sometimes(
+            0.15, brightness, image, lambda k, x: MIDDLE + (x - MIDDLE) * _uniform(k, low, high)
+        )
         image = _sometimes(
             0.15, contrast, image, lambda k, x: _contrasted(x, _uniform(k, low, high))
         )
@@ -209,7 +213,7 @@ def _low_resolution(key: jax.Array, image: jax.Array) -> jax.Array:
     """Every pixel of a smaller grid is read from the nearest one, and they are interpolated back.
 
     The smaller image lies in the first rows and columns of one of full size, for its own size is
-    a draw. Linear, where nnU-Net has cubic.
+    a draw.
     """
     share = _uniform(key, LOW_RESOLUTION, 1.0)
     grid = jnp.stack(jnp.meshgrid(*map(jnp.arange, image.shape), indexing="ij"))

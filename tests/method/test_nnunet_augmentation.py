@@ -33,5 +33,7 @@ def test_nnunets_distortions_are_each_slices_own():
     assert 2 <= same.sum() <= 20  # 0.9 0.8 0.85 0.85 0.75 0.9 0.7 of 40 are 10
     alone = np.asarray(nnunet_distort(images[:7], keys[33:]))
     np.testing.assert_allclose(alone, found[33:], atol=1e-6)
-    flat = nnunet_distort(jnp.full((4, 8, 8), 0.5), keys[:4])
-    assert np.isfinite(np.asarray(flat)).all()
+    for grey, most in ((0.5, 1e-5), (0.3, 0.2 * 0.25 + 1e-5)):  # the middle keeps its brightness
+        flat = np.asarray(nnunet_distort(jnp.full((40, 8, 8), grey), keys))
+        assert np.abs(flat - grey).max() <= most
+    assert np.abs(flat - grey).max() > 0.01
