@@ -13,6 +13,7 @@ from benchmarks.nnunet.commands import commands, execute, script
 from benchmarks.nnunet.export import export
 from benchmarks.nnunet.score import PROTOCOL, score
 from sammix_jax.config_files import load_config
+from sammix_jax.config_rules import check_config
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation.tables import text
 
@@ -31,10 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args) -> None:
-    if args.config:
-        config = runpy.run_path(str(args.config))["get_config"]()
-    else:
-        config = load_config(args.workdir)
+    config = _config(args.config) if args.config else load_config(args.workdir)
     if args.scans is not None:
         config.evaluate.scans = args.scans
     export(
@@ -45,6 +43,21 @@ def _export(args) -> None:
         negatives=args.negatives,
         roots=args.roots,
     )
+
+
+def _config(named: str):
+    """The config of FILE.py or FILE.py:VARIANT."""
+    file, has_variant, variant = named.partition(".py:")
+    try:
+        get_config = runpy.run_path(file + ".py" if has_variant else file)["get_config"]
+    except (OSError, KeyError) as error:
+        raise UserError(
+            f"--config={named}: cannot be read as a config ({error!r}); give FILE.py or "
+            "FILE.py:VARIANT, as to --mode=prepare."
+        ) from error
+    config = get_config(variant) if has_variant else get_config()
+    check_config(config)
+    return config
 
 
 def _run(args) -> None:
@@ -74,9 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("export", help="write nnU-Net's raw layout")
     verb.set_defaults(do=_export)
     verb.add_argument("--workdir", required=True, help="trained, or prepared with --config")
-    verb.add_argument(
-        "--config", type=pathlib.Path, help="config file of a workdir that is prepared alone"
-    )
+    verb.add_argument("--config", help="FILE.py or FILE.py:VARIANT, of a workdir prepared alone")
     verb.add_argument("--dataset-id", type=int, default=501)
     verb.add_argument(
         "--negatives",

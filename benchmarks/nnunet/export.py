@@ -25,8 +25,9 @@ from sammix_jax.data.masks import read_mask
 from sammix_jax.data.paths import absolute, as_path, resolved
 from sammix_jax.data.slices import SliceId, SliceStore
 from sammix_jax.data.split_files import keep, load_or_draw
+from sammix_jax.data.splits import patient_of
 from sammix_jax.errors import UserError
-from sammix_jax.evaluation.scans import scans_to_score
+from sammix_jax.evaluation.scans import read_labelled, scans_to_score
 from sammix_jax.prepare import store_folder
 
 _LOG = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def export(
             "overwrite_image_reader_writer": "NibabelIO",
         },
     )
-    if folds := patient_folds(training, labels):
+    if folds := patient_folds(training, labels, config.data.patient):
         write_json(layout.splits, folds)
     evaluations = _write_tests(layout, config, output, roots)
     cases = {
@@ -144,7 +145,9 @@ def draw_negatives(
     return [known[i] for i in sorted(drawn)]
 
 
-def patient_folds(training: dict[str, SliceId], labels: Sequence[SliceId]) -> list[dict]:
+def patient_folds(
+    training: dict[str, SliceId], labels: Sequence[SliceId], pattern: str = ""
+) -> list[dict]:
     """Folds that hold patients apart, in the form of nnU-Net's splits_final.json.
 
     nnU-Net's own draw would put slices of one patient on both sides. Patients go, those with most
@@ -154,26 +157,28 @@ def patient_folds(training: dict[str, SliceId], labels: Sequence[SliceId]) -> li
     Args:
       training: the slice of each case.
       labels: those that show the organ.
+      pattern: `data.patient`, which says whose a scan is.
 
     Returns:
       {"train", "val"} with names of cases for each of up to `FOLDS` folds; none where the labelled
       slices are all of one patient.
     """
-    labelled = collections.Counter(s.scan for s in labels)
-    slices = collections.Counter(s.scan for s in training.values())
+    patients = {case: patient_of(s.scan, pattern) for case, s in training.items()}
+    labelled = collections.Counter(patient_of(s.scan, pattern) for s in labels)
+    slices = collections.Counter(patients.values())
     count = min(FOLDS, len(labelled))
     if count < 2:
         return []
     shown, held, fold_of = [0] * count, [0] * count, {}
-    for scan in sorted(slices, key=lambda scan: (-labelled[scan], -slices[scan])):
-        fullness = [(shown[f] if labelled[scan] else 0, held[f]) for f in range(count)]
-        fold = fold_of[scan] = fullness.index(min(fullness))
-        shown[fold] += labelled[scan]
-        held[fold] += slices[scan]
+    for patient in sorted(slices, key=lambda patient: (-labelled[patient], -slices[patient])):
+        fullness = [(shown[f] if labelled[patient] else 0, held[f]) for f in range(count)]
+        fold = fold_of[patient] = fullness.index(min(fullness))
+        shown[fold] += labelled[patient]
+        held[fold] += slices[patient]
     return [
         {
-            "train": [case for case, s in training.items() if fold_of[s.scan] != fold],
-            "val": [case for case, s in training.items() if fold_of[s.scan] == fold],
+            "train": [case for case, patient in patients.items() if fold_of[patient] != fold],
+            "val": [case for case, patient in patients.items() if fold_of[patient] == fold],
         }
         for fold in range(count)
     ]
@@ -208,7 +213,7 @@ def _write_tests(layout: Layout, config, output, roots: Sequence[str]) -> list[d
         cases = {}
         for scan in scans:
             case = f"test_{written:04d}"
-            volume = volumes.read_volume(scan.image, config.data.default_orientation)
+            volume = read_labelled(scan, config).volume  # what cannot be scored is refused now
             write_nifti(layout.image("imagesTs", case), volume.hu, canonical_affine(volume))
             files = {"image": str(absolute(scan.image)), "label": str(absolute(scan.label))}
             cases[case] = dataclasses.asdict(scan) | files

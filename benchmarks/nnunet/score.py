@@ -111,6 +111,7 @@ def _scan(fields: dict) -> datasets.Scan:
         as_path(fields["label"]),
         tuple(fields["label_values"]),
         tuple(fields["known_values"]),
+        fields["ignore_value"],
     )
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import shlex
+import shutil
 import sys
 
 import nibabel as nib
@@ -233,6 +234,36 @@ def test_every_fold_has_a_labelled_slice():
     # Patients of whom nothing is labelled do not pile up in one of them.
     assert [len(fold["val"]) for fold in folds] == [10, 4, 3, 3, 2]
     assert patient_folds(dict(zip("xy", labels[:2], strict=True)), labels[:2]) == []
+
+
+def test_scans_of_one_patient_are_in_one_fold():
+    labels = [SliceId(f"p{p}_{phase}", 0) for p in (1, 2) for phase in ("art", "portal")]
+    training = {s.scan: s for s in labels}
+    folds = patient_folds(training, labels, r"(p\d+)_")
+    assert [fold["val"] for fold in folds] == [["p1_art", "p1_portal"], ["p2_art", "p2_portal"]]
+
+
+def test_what_cannot_be_scored_is_not_exported(prepared, others, tmp_path):
+    """A mask that is annotated in part."""
+    shutil.copytree(others, tmp_path / "scans")
+    (path,) = (tmp_path / "scans").glob("segmentation-*")
+    label = nib.load(path)
+    voxels = np.asarray(label.dataobj).copy()
+    voxels[0] = 9
+    nib.save(nib.Nifti1Image(voxels, label.affine, label.header), path)
+    config = config_of_k()
+    config.evaluate.ignore_value = 9
+    with pytest.raises(UserError, match=r"segmentation-0\.nii.*: annotated in part"):
+        export(config, prepared, tmp_path / "out", roots=[str(tmp_path / "scans")])
+
+
+def test_a_config_file_may_have_variants():
+    config = command_line._config("configs/baselines/nnunet.py:lits")
+    assert (config.model.system, config.data.phantom.scans) == ("nnunet", 0)
+    assert command_line._config("configs/lits.py").data.resize == "paper"
+    for named in ("configs/nowhere.py:lits", "sammix_jax/errors.py"):
+        with pytest.raises(UserError, match=rf"--config={named}: cannot be read as a config"):
+            command_line._config(named)
 
 
 def test_negatives_are_slices_without_the_organ(prepared):
