@@ -21,6 +21,7 @@ from sammix_jax.sharding import on_mesh
 # Streams that no training step draws from, whatever its seed: what chooses the best checkpoint, and
 # what is reported of it.
 VALIDATION, TEST = 2**32 - 1, 2**32 - 2
+TOGETHER = 32  # scenes drawn at a time: each takes a field of its size for every shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +57,18 @@ def deepest_pixel(mask: np.ndarray) -> tuple[int, int]:
 
 def held_out_scenes(count: int, size: int, stream: int) -> Prompted:
     """`count` scenes of VALIDATION or TEST, with one shape of each."""
-    key = jax.random.fold_in(jax.random.key(0), stream)
-    scenes = jax.jit(draw_scenes, static_argnums=1)(jax.random.split(key, count), size)
-    masks = np.asarray(scenes.masks)
-    share = masks.mean(axis=(2, 3))
-    sound = (share > SMALLEST) & (share < LARGEST)
-    rng = np.random.default_rng(0)
-    chosen = [(i, rng.choice(np.flatnonzero(sound[i]))) for i in range(count) if sound[i].any()]
-    images = np.asarray(scenes.images)[[i for i, _ in chosen]]
-    return prompted(images, np.stack([masks[i, k] for i, k in chosen]))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), stream), count)
+    draw, rng = jax.jit(draw_scenes, static_argnums=1), np.random.default_rng(0)
+    images, chosen = [], []
+    for start in range(0, count, TOGETHER):
+        scenes = jax.device_get(draw(keys[start : start + TOGETHER], size))
+        share = scenes.masks.mean(axis=(2, 3))
+        sound = (share > SMALLEST) & (share < LARGEST)
+        for image, masks, fit in zip(scenes.images, scenes.masks, sound, strict=True):
+            if fit.any():
+                images.append(image)
+                chosen.append(masks[rng.choice(np.flatnonzero(fit))])
+    return prompted(np.stack(images), np.stack(chosen))
 
 
 def make_answer(sam: Sam, normalisation: str, mesh: Mesh | None = None):

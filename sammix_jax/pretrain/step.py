@@ -202,7 +202,7 @@ def choose_shapes(
 
     Returns:
       Their masks on the grid of the decoder's answer, (B, P, S / c, S / c) bool, and which of them
-      are there, (B, P) bool, as a scene may have fewer.
+      are there, (B, P) bool, as a scene may have fewer. In no order.
     """
     b, k, size, _ = masks.shape
     side = size // cell
@@ -214,6 +214,10 @@ def choose_shapes(
     draws = jax.vmap(lambda key: jax.random.gumbel(key, (k,)))(keys)
     draws += jnp.where(sound, 0.5 * jnp.log(jnp.maximum(share, SMALLEST)), -1e6)
     order = jnp.argsort(-draws, axis=1)[:, :count]  # (B, P)
+    # The larger ones come first, and those that are not there last; one half gets boxes.
+    order = jax.vmap(lambda key, row: jax.random.permutation(jax.random.fold_in(key, 1), row))(
+        keys, order
+    )
     chosen = jnp.take_along_axis(coarse, order[:, :, None, None], axis=1)
     return chosen, jnp.take_along_axis(sound, order, axis=1)
 

@@ -130,14 +130,28 @@ def test_shapes_to_prompt_are_neither_specks_nor_the_whole_image():
     keys = jax.random.split(jax.random.key(0), 2)
     chosen, there = choose_shapes(keys, jnp.asarray(masks), 3, cell=2)
     assert chosen.shape == (2, 3, 16, 16)
-    np.testing.assert_array_equal(there, [[True, True, False]] * 2)
-    for b in range(2):
-        areas = sorted(np.asarray(chosen[b, :2]).sum(axis=(1, 2)).tolist())
-        assert areas == [8 * 4, 8 * 8]
+    for mine, shown in zip(np.asarray(chosen), np.asarray(there), strict=True):
+        assert sorted(mine[shown].sum(axis=(1, 2)).tolist()) == [8 * 4, 8 * 8]
     # A patch of 16 pixels, as in ViT-B, answers at a quarter of the side.
-    coarser, _ = choose_shapes(keys, jnp.asarray(masks), 3, cell=4)
+    coarser, there = choose_shapes(keys, jnp.asarray(masks), 3, cell=4)
     assert coarser.shape == (2, 3, 8, 8)
-    assert sorted(np.asarray(coarser[0, :2]).sum(axis=(1, 2)).tolist()) == [4 * 2, 4 * 4]
+    assert sorted(np.asarray(coarser[0])[there[0]].sum(axis=(1, 2)).tolist()) == [4 * 2, 4 * 4]
+
+
+def test_boxes_and_points_get_shapes_alike():
+    """The halves of what is drawn have like sizes, and as many places without a shape."""
+    masks = np.zeros((4096, 8, 32, 32), bool)
+    for k, side in enumerate((6, 8, 10, 14, 18, 22)):
+        masks[:, k, :side, :side] = True
+    keys = jax.random.split(jax.random.key(0), 4096)
+    chosen, there = choose_shapes(keys, jnp.asarray(masks), 6, cell=2)
+    assert there.all()
+    areas = np.asarray(chosen).sum(axis=(2, 3))
+    assert areas[:, :3].mean() == pytest.approx(areas[:, 3:].mean(), rel=0.05)
+    fewer = jnp.asarray(masks).at[:, 3:].set(False)
+    _, there = choose_shapes(keys, fewer, 6, cell=2)
+    halves = np.asarray(there)[:, :3].mean(), np.asarray(there)[:, 3:].mean()
+    assert halves == pytest.approx((0.5, 0.5), abs=0.05)
 
 
 def test_the_loss_is_that_of_the_best_of_three_masks():
