@@ -6,6 +6,8 @@ import math
 
 from tqdm import tqdm
 
+from sammix_jax.config_rules import check_config
+from sammix_jax.errors import UserError
 from sammix_jax.models.blocks import COMPUTE_DTYPES, POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, plan_train
 from sammix_jax.systems.named import HOLD_SAM
@@ -22,7 +24,7 @@ def sweep(config, target: Target):
 
     Yields:
       (options, plan): the fields that were set, with the largest batch; and its plan, None where
-      not even the smallest batch fits.
+      not even the smallest batch fits. Choices that no run may have are left out.
     """
     remats, chunks = ("none",), (config.model.query_chunk,)
     if config.model.system in HOLD_SAM:  # the others know neither
@@ -34,6 +36,11 @@ def sweep(config, target: Target):
     for options in tqdm(choices, desc="sweep", unit="choice", disable=None):
         tried = config.copy_and_resolve_references()
         tried.update_from_flattened_dict(options)
+        try:
+            check_config(tried)
+        except UserError as error:
+            _LOG.info("left out: %s", error)
+            continue
         quotas, found = _largest(tried, target)
         yield options | quotas, found
 

@@ -168,6 +168,7 @@ def test_saved_by_another_version(tmp_path):
         ("cam.component", "first", "one of largest, peak, all"),
         ("cam.threshold", 0.0, "above 0 to 1"),
         ("data.resize", "crop", "one of fit, stretch"),
+        ("data.size", 32, "33 at least, or the classifier's map"),
         ("data.phantom.domain", "arterial", "one of portal, unenhanced"),
         ("data.labelled_slices", -1, "at least 0"),
         ("input.window", (240.0, -160.0), "low < high"),

@@ -13,6 +13,7 @@ from sammix_jax.errors import UserError
 from sammix_jax.flops import count_flops
 from sammix_jax.models.blocks import POLICIES
 from sammix_jax.plan import GIB, StepPlan, Target, count_collectives, find_target
+from sammix_jax.presets import apply_preset
 from sammix_jax.sharding import make_mesh
 
 needs_libtpu = pytest.mark.skipif(
@@ -208,6 +209,17 @@ def test_the_sweep_tries_what_the_system_knows(config, monkeypatch):
     tried = [options for options, _ in sweep.sweep(config, Target("fake", [None], 1000))]
     assert [o["model.dtype"] for o in tried] == ["float32", "bfloat16"]
     assert {o["model.remat"] for o in tried} == {"none"}
+
+
+def test_the_sweep_leaves_out_what_no_run_may_have(config, monkeypatch, caplog):
+    """Inputs in a twentieth of [0, 1], as the authors have them, bfloat16 would round away."""
+    apply_preset(config, "paper")
+    config.input.normalise, config.train.augment = "unit", False
+    monkeypatch.setattr(sweep, "plan_train", lambda *_: StepPlan("train", 8, {}, 2000, 0, {}))
+    caplog.set_level("INFO")
+    tried = [options for options, _ in sweep.sweep(config, Target("fake", [None], 1000))]
+    assert {o["model.dtype"] for o in tried} == {"float32"}
+    assert "left out: config: input.normalise='unit': expected minmax" in caplog.text
 
 
 def test_operations_are_counted_without_a_gpus_kernels(monkeypatch):

@@ -28,6 +28,9 @@ def system_rules(config) -> Iterator[tuple[str, bool, str]]:
     if system != "prompted_sam":
         yield "model.prompt", model.prompt == "none", "none"
     if system == "sam_mix":
+        least = model.classifier_stride + 1
+        expected = f"{least} at least, or the classifier's map, and so the CAM, is a single cell"
+        yield "data.size", config.data.size >= least, expected
         expected = "False (its classifier learns them; consistency.weight gives them to a teacher)"
         yield "loss.negatives", not config.loss.negatives, expected
     if model.prompt == "points":
