@@ -92,7 +92,7 @@ def evaluate(
     kept = {} if config.evaluate.root else kept_digests(workdir)
     folder = results_folder(config, workdir)
     so_far = ScoredSoFar(folder, config, model_digest(variables))
-    scored, before, seen, chose, digests = [], 0, [], [], {}
+    scored, new, seen, chose, digests = [], 0, [], [], {}
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=hosts.hides_progress()):
         # All processes predict a scan, or none.
         read = functools.partial(_read, scan, config, workdir, kept.get(scan.name))
@@ -112,21 +112,21 @@ def evaluate(
         if trained.chose.intersection(telling):
             chose.append(scan.name)
         taken = hosts.on_first(functools.partial(so_far.load, scan.name, of_scan))
-        if hosts.any_process(taken is not None):
-            before += 1
-        else:
+        is_new = not hosts.any_process(taken is not None)
+        if is_new:
             prediction = predict_volume(predict, variables, known.volume, known.truth, config)
             score = functools.partial(_score, known, prediction, protocols, config)
             # Surfaces take gigabytes: once a machine, not once a process.
             taken = hosts.on_first(score)
-            if taken:
-                so_far.save(taken, of_scan)
         if taken:
             scored.append(taken)
+        if taken and is_new:
+            new += 1
+            so_far.save(taken, of_scan)
             write_cases(folder / CASES_SO_FAR, [case for scan in scored for case in scan.cases])
     if not digests:
         raise UserError("no scan could be scored:" + listed(faults))
-    if before:
+    if before := len(scored) - new:
         _LOG.info("%d of %d scans were scored before, and are taken over", before, len(digests))
     evaluation = Evaluation([], {}, [])
     if hosts.is_first():

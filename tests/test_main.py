@@ -230,7 +230,7 @@ def test_ctrl_c_ends_as_a_shell_expects_it(tmp_path):
     command = [sys.executable, "-c", script, "--mode=evaluate", f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGINT
-    assert done.stderr == "stopped.\n"
+    assert done.stderr == "stopped; run the same command to go on.\n"
 
 
 CROSS_DOMAIN = "--config=configs/totalsegmentator.py"
