@@ -47,7 +47,8 @@ def refuse_other_files(folders: Iterable[Path]) -> None:
         if not folder.exists():
             continue
         inside = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-        if others := sorted(inside - {SCAN, *ARRAYS}):
+        # Hidden files, such as a file manager's, are no loss.
+        if others := sorted(n for n in inside - {SCAN, *ARRAYS} if not n.startswith(".")):
             raise UserError(
                 f"{folder}: a prepared scan would take the place of {', '.join(others[:5])}, which "
                 "no store holds; place the store elsewhere with --config.data.store=DIR, outside "

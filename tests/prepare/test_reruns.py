@@ -168,6 +168,7 @@ def test_a_half_store_of_another_version_is_made_anew(config, tmp_path):
     fields = json.loads(path.read_text())
     fields["fingerprint"], fields["geometry"] = "of an older version", {"side": 64}
     path.write_text(json.dumps(fields))
+    (path.parent / ".DS_Store").touch()
     assert len(prepare(config, tmp_path / "run").records) == 3
 
 
