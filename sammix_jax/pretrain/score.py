@@ -67,7 +67,8 @@ def held_out_scenes(count: int, size: int, stream: int) -> Prompted:
         for image, masks, fit in zip(scenes.images, scenes.masks, sound, strict=True):
             if fit.any():
                 images.append(image)
-                chosen.append(masks[rng.choice(np.flatnonzero(fit))])
+                # A copy: a view would keep the masks of all that were drawn with it.
+                chosen.append(masks[rng.choice(np.flatnonzero(fit))].copy())
     return prompted(np.stack(images), np.stack(chosen))
 
 
