@@ -66,7 +66,18 @@ def read_tensors(path) -> dict[str, Stored]:
         raise UserError(f"{path}: a folder, expected a file, such as the model.safetensors in it.")
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from error
     stored = _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
+    plain = {key.replace(_COMPILED, ""): value for key, value in stored.items()}
+    stored = plain if len(plain) == len(stored) else stored
+    prefix = _prefix(stored)
+    stored = {
+        key.removeprefix(prefix) if key.startswith(prefix) else f"{key} (without {prefix})": value
+        for key, value in stored.items()
+    }
     if unmerged := next(filter(_UNMERGED.search, stored), None):
         raise UserError(
             f"{path}: holds LoRA that is not merged ({unmerged}), expected a SAM's own arrays; "
@@ -77,13 +88,7 @@ def read_tensors(path) -> dict[str, Stored]:
             f"{path}: holds adapters ({adapter}), expected a SAM's own arrays; with these layers, "
             "as SAM-Med2D has them, it is another model."
         )
-    plain = {key.replace(_COMPILED, ""): value for key, value in stored.items()}
-    stored = plain if len(plain) == len(stored) else stored
-    prefix = _prefix(stored)
-    return {
-        key.removeprefix(prefix) if key.startswith(prefix) else f"{key} (without {prefix})": value
-        for key, value in stored.items()
-    }
+    return stored
 
 
 def read_metadata(path) -> dict[str, str]:

@@ -7,7 +7,7 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 
 from sammix_jax.config import default_config
-from sammix_jax.data.files import read_json, write_json
+from sammix_jax.data.files import read_object, write_json
 from sammix_jax.data.paths import as_path
 from sammix_jax.errors import UserError
 
@@ -106,7 +106,7 @@ def read_config(path) -> ml_collections.ConfigDict:
       UserError: the file cannot be read, or has a field that is not known.
     """
     config = default_config()
-    _update(config, read_json(path), path)
+    _update(config, read_object(path), path)
     return config
 
 

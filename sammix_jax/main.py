@@ -88,6 +88,9 @@ def main(argv) -> int:
         if isinstance(error, OSError) and error.errno in _NO_PLACE:
             told = f"{error}; what was saved before is whole: make room and run the same command."
             return hosts.leave(options.fail(told))
+        if isinstance(error, PermissionError):
+            told = f"{error}; you lack the right to use it (chmod, or another folder)."
+            return hosts.leave(options.fail(told))
         if "RESOURCE_EXHAUSTED" in str(error):
             told = str(error).splitlines()[0][:200].rstrip(".")
             return hosts.leave(options.fail(f"{told}. {_OUT_OF_MEMORY}"))

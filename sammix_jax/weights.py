@@ -10,11 +10,12 @@ A file is one `.safetensors`. Its keys are flat parameter paths, such as
     model    the variant or the architecture: 'vit_b', 'resnet50', ...
     source   name of the file that the values come from
     sha256   of that file, '' where there is no single one
-    normalise, image_size  those of the pretraining, where they are known
+    normalise, image_size, mask_choice  those of its training, where they are known
 
 The programs in `convert/` write such files.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 
@@ -31,8 +32,11 @@ from sammix_jax.models.sam.predictor import SamPredictor
 
 FORMAT = {"format": "sammix_jax", "version": "1"}
 KINDS = ("sam", "classifier")
-IMAGE_KEYS = ("normalise", "image_size")
+TRAINED_WITH = ("normalise", "image_size", "mask_choice")
+MASKS = ("argmax_iou", "single", "index 0", "index 1", "index 2")  # values of mask_choice
 DTYPES = ("float32", "float16", "bfloat16")
+
+_LOG = logging.getLogger(__name__)
 
 _LISTED = 8  # names per kind of mistake that an error spells out
 
@@ -120,16 +124,29 @@ def save_arrays(path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
             raise OSError(str(error)) from error
 
 
+def training_choices(config) -> dict[str, str]:
+    """What a weight file keeps of the config that its model was trained with, but for the size."""
+    mask = config.model.mask_choice
+    return {
+        "normalise": config.input.normalise,
+        "mask_choice": f"index {config.model.mask_index}" if mask == "index" else mask,
+    }
+
+
 def load_weights(
-    path, kind: str, model: str, normalise: str | None = None
+    path, kind: str, model: str, choices: Mapping[str, str] | None = None
 ) -> dict[str, np.ndarray]:
     """`read_weights`, refusing a file of another kind or model.
 
+    Another choice among SAM's masks than the file's is told in the log: what it had not chosen it
+    has not trained.
+
     Args:
-      normalise: `input.normalise` of the run, where the file may ask for one.
+      choices: `training_choices` of the run, to hold against those that the file may name.
 
     Raises:
-      UserError: as `read_weights`, or the file holds something else.
+      UserError: as `read_weights`, or the file holds something else, or learned from images that
+        were normalised otherwise.
     """
     arrays, metadata = read_weights(path)
     found = (metadata.get("kind"), metadata.get("model"))
@@ -139,11 +156,25 @@ def load_weights(
             f"{path}: weights of {found[0]} {found[1]}, but {field} is {model}; set the field to "
             "the file's model, or give another file."
         )
-    asked = metadata.get("normalise")
-    if normalise and asked and asked != normalise:
+    differing = {k: metadata[k] for k, v in (choices or {}).items() if metadata.get(k, v) != v}
+    if asked := differing.get("normalise"):
         raise UserError(
             f"{path}: pretrained on images normalised by {asked!r}, but input.normalise is "
-            f"{normalise!r}; set --config.input.normalise={asked}."
+            f"{choices['normalise']!r}; set --config.input.normalise={asked}."
+        )
+    if asked := differing.get("mask_choice"):
+        choice, _, index = asked.partition(" ")
+        fields = (
+            f"--config.model.mask_choice={choice}"
+            + f" --config.model.mask_index={index}" * bool(index)
+        )
+        _LOG.warning(
+            "%s: learned to give the mask of mask_choice=%s, and this run takes that of %s; go on "
+            "from what was learned by %s.",
+            path,
+            asked,
+            choices["mask_choice"],
+            fields,
         )
     return arrays
 
@@ -233,6 +264,10 @@ def load_predictor(path) -> SamPredictor:
         )
     # As in training, whatever the type that they are stored in.
     params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    if metadata.get("mask_choice") == "single":
+        _LOG.warning(
+            "%s: learned to give SAM's single mask: predict with multimask_output=False.", path
+        )
     size = metadata.get("image_size")
     try:
         tree = traverse_util.unflatten_dict(params, sep="/")

@@ -211,13 +211,17 @@ app.run(main.main, flags_parser=options.parse)
             "No space left on device: 'a/file'; what was saved before is whole",
         ),
         (
+            'PermissionError(errno.EACCES, "Permission denied", "a/folder")',
+            "Permission denied: 'a/folder'; you lack the right to use it (chmod,",
+        ),
+        (
             'jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory for 8 bytes.")',
             "Out of memory for 8 bytes. A smaller --config.evaluate.batch lessens",
         ),
     ],
-    ids=["disk", "memory"],
+    ids=["disk", "right", "memory"],
 )
-def test_a_lack_of_room_is_told(tmp_path, error, message):
+def test_a_lack_of_room_or_of_a_right_is_told(tmp_path, error, message):
     script = FULL.format(error)
     command = [sys.executable, "-c", script, "--mode=evaluate", f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

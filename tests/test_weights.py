@@ -82,9 +82,21 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_weights_of_images_on_another_scale_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     write_weights(path, {}, METADATA | {"normalise": "minmax"})
-    load_weights(path, "sam", "mini", normalise="minmax")
+    load_weights(path, "sam", "mini", choices={"normalise": "minmax"})
     with pytest.raises(UserError, match=r"by 'minmax', .* set --config\.input\.normalise=minmax"):
-        load_weights(path, "sam", "mini", normalise="sam")
+        load_weights(path, "sam", "mini", choices={"normalise": "sam"})
+
+
+def test_another_choice_among_the_masks_is_told(tmp_path, caplog):
+    path, choices = tmp_path / "w.safetensors", {"normalise": "sam", "mask_choice": "argmax_iou"}
+    caplog.set_level("WARNING")
+    for known, advice in (("single", "mask_choice=single."), ("index 2", "mask_index=2.")):
+        write_weights(path, {}, METADATA | {"mask_choice": known})
+        load_weights(path, "sam", "mini", choices)
+        assert caplog.messages[-1].endswith(advice) and f"mask_choice={known}, " in caplog.text
+        caplog.clear()
+        load_weights(path, "sam", "mini", choices | {"mask_choice": known})
+        assert not caplog.messages
 
 
 def test_fill_takes_each_key_once_and_leaves_the_rest():

@@ -111,6 +111,14 @@ def read_json(path):
         raise UserError(f"{path}: cannot be read as JSON ({error}).") from error
 
 
+def read_object(path) -> dict:
+    """`read_json` of what must be an object, such as a config."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {str(value)[:40]!r}, expected a JSON object, {{...}}.")
+    return value
+
+
 @contextlib.contextmanager
 def _renamed(path: pathlib.Path):
     # A process number alone is no name: on a shared disk two containers may have the same.

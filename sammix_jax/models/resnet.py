@@ -196,7 +196,8 @@ class ResNet38(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, begin: str = "", end: str = "") -> jax.Array:
-        """(B, H, W, C) → (B, h, w, 4096), not negative; `begin` and `end` as in `_between`."""
+        """(B, H, W, C) → (B, h, w, 4096), not negative; `begin` and `end` as in `_between`, where
+        what comes before the last norm has its stage's channels, and either sign."""
         if not begin:
             x = _conv(x, 64, 3, 1, 1, self.dtype, "conv1a")
         block = block_class(PreActivationBlock, self.remat, static_argnums=(2,))

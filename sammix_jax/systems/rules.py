@@ -45,6 +45,9 @@ def system_rules(config) -> Iterator[tuple[str, bool, str]]:
     if system in (*GREY, "transunet"):
         least = _multiple(config)
         yield "data.size", config.data.size % least == 0, f"a multiple of {least}"
+    if system == "nnunet" and not model.widths:
+        planned = len(nnunet_widths(config.data.size, config.data.size))
+        yield "data.size", planned >= 3, "a multiple of 4, from 16 on, which maps can be halved by,"
     if system == "multimix":
         sizes = config.train.batch_labelled, config.train.batch_unlabelled
         yield (

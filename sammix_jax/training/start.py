@@ -14,7 +14,7 @@ from sammix_jax.errors import UserError
 from sammix_jax.sharding import place_whole
 from sammix_jax.training.step import TrainState
 from sammix_jax.training.trained import load_model
-from sammix_jax.weights import digests, fill, load_weights
+from sammix_jax.weights import digests, fill, load_weights, training_choices
 
 _LOG = logging.getLogger(__name__)
 
@@ -96,8 +96,8 @@ def _of_files(leaves: dict, config) -> dict[str, np.ndarray]:
         ("classifier", config.model.classifier_weights, config.model.classifier, (r"head/.*",)),
     ):
         if file:
-            normalise = config.input.normalise if prefix == "sam" else None
-            weights = load_weights(file, prefix, model, normalise)
+            choices = training_choices(config) if prefix == "sam" else None
+            weights = load_weights(file, prefix, model, choices)
             values |= fill(leaves, weights, prefix, source=file, may_lack=may_lack)
     return values
 

@@ -16,11 +16,13 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 from conftest import ROOT, small_config
 from torch_port import build, decode_theirs, from_torch, official, to_torch
 
-from convert.hf_rules import HUGGING_FACE, _model_config
+from convert.hf_folder import _model_config
+from convert.hf_rules import HUGGING_FACE
 from convert.sam import convert
 from convert.sam_rules import OFFICIAL, sam_shapes
 from sammix_jax.config_files import claim_workdir, load_config
 from sammix_jax.data.files import read_json
+from sammix_jax.errors import UserError
 from sammix_jax.models.sam.sam import Sam
 from sammix_jax.models.sam.variants import get_variant
 from sammix_jax.systems.sam_mix import SamMixSystem
@@ -29,7 +31,7 @@ from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.start import load_pretrained
 from sammix_jax.training.step import make_init
 from sammix_jax.training.trained import load_model
-from sammix_jax.weights import IMAGE_KEYS, read_weights, write_weights
+from sammix_jax.weights import TRAINED_WITH, read_weights, write_weights
 
 pytestmark = pytest.mark.torch
 
@@ -238,16 +240,17 @@ def test_half_precision_in_and_out(files, tmp_path, dtype):
 
 def test_what_is_known_of_the_images_stays_with_the_weights(files, adapted, tmp_path):
     arrays, metadata = read_weights(files / "sam.safetensors")
-    assert not set(IMAGE_KEYS) & set(metadata)  # an official file says nothing of them
+    assert not set(TRAINED_WITH) & set(metadata)  # an official file says nothing of them
     known = {"normalise": "sam", "image_size": "256"}
     write_weights(tmp_path / "own.safetensors", arrays, metadata | known)
     convert(tmp_path / "own.safetensors", tmp_path / "half.safetensors", dtype="float16")
     found = read_weights(tmp_path / "half.safetensors")[1]
-    assert {key: found.get(key) for key in IMAGE_KEYS} == known
+    assert {key: found[key] for key in TRAINED_WITH if key in found} == known
     convert(adapted, tmp_path / "trained.safetensors")
     config, found = load_config(adapted), read_weights(tmp_path / "trained.safetensors")[1]
     assert found["normalise"] == config.input.normalise
     assert found["image_size"] == str(config.model.image_size)
+    assert found["mask_choice"] == config.model.mask_choice == "argmax_iou"
 
 
 def trained_as(files, path, **known):
@@ -277,6 +280,36 @@ def test_a_hugging_face_folder_takes_images_as_the_run_did(files, tmp_path):
     expected = ours(own, image)
     assert expected.shape == (4, 32, 32)
     assert_same_masks(hugging_face(tmp_path / "hf", image), expected[1:])
+
+
+def test_a_folder_that_transformers_saved_again_is_held_against_its_processor(files, tmp_path):
+    """Which now lies under another name, and knows nothing of this project's metadata."""
+    own = trained_as(files, tmp_path / "own.safetensors", normalise="unit")
+    convert(own, tmp_path / "hf")
+    transformers.SamModel.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    processor = transformers.SamImageProcessorPil.from_pretrained(tmp_path / "hf")
+    transformers.SamProcessor(processor).save_pretrained(tmp_path / "again")
+    with pytest.raises(UserError, match=r"again/\w+\.json: do_normalize is false, .*=unit"):
+        convert(tmp_path / "again", tmp_path / "back.safetensors")
+    convert(tmp_path / "again", tmp_path / "back.safetensors", normalise="unit")
+    first, second = (read_weights(path)[0] for path in (own, tmp_path / "back.safetensors"))
+    assert all(np.array_equal(first[path], second[path]) for path in first | second)
+
+
+def test_an_official_files_size_comes_back_if_it_is_told(files, tmp_path):
+    own = trained_as(files, tmp_path / "own.safetensors", image_size="64")
+    _, (_, size) = convert(own, tmp_path / "sam.pth")
+    assert size.endswith("needs --image_size=64.")
+    convert(tmp_path / "sam.pth", tmp_path / "back.safetensors", image_size="64")
+    assert read_weights(tmp_path / "back.safetensors")[1]["image_size"] == "64"
+
+
+@pytest.mark.parametrize("output", ["sam.pth", "hf"])
+def test_masks_that_have_not_learned_are_told(files, tmp_path, output):
+    own = trained_as(files, tmp_path / "own.safetensors", mask_choice="single")
+    assert "multimask_output=False" in convert(own, tmp_path / output)[1][-1]
+    own = trained_as(files, tmp_path / "own.safetensors", mask_choice="index 2")
+    assert "mask_choice=index 2: " in convert(own, tmp_path / f"2{output}")[1][-1]
 
 
 @pytest.mark.parametrize(("normalise", "stretched"), [("unit", False), ("minmax", True)])

@@ -10,7 +10,7 @@ from conftest import ROOT, small_config
 from safetensors.numpy import save_file
 from weight_arrays import assert_equal, random_arrays
 
-from convert import classifier, hf_rules, sam
+from convert import classifier, hf_folder, sam
 from convert.classifier_rules import TORCHVISION, classifier_shapes
 from convert.hf_rules import HUGGING_FACE
 from convert.sam_rules import OFFICIAL, sam_shapes
@@ -105,6 +105,44 @@ def test_what_is_known_of_the_images_comes_back_from_a_folder(tmp_path):
     assert {key: found[key] for key in known} == known
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("config.json", [], r"config\.json: holds '\[\]', expected a JSON object"),
+        ("config.json", {"vision_config": None}, r"vision_config is None, expected an object"),
+        (
+            "config.json",
+            {"mask_decoder_config": {"num_attention_heads": 2}},
+            r"mask_decoder_config\.num_attention_heads=2, expected 4",
+        ),
+        (
+            "config.json",
+            {"vision_config": {"hidden_act": "relu"}},
+            r"vision_config\.hidden_act=relu, expected gelu",
+        ),
+        ("preprocessor_config.json", None, r"holds 'None', expected a JSON object"),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3}, r"image_mean=.* --normalise=sam"),
+        (
+            "processor_config.json",
+            {"image_processor": {"image_std": [0.5] * 3}},
+            r"processor_config\.json: image_std=\[0\.5, 0\.5, 0\.5\], expected SAM's \[0\.229",
+        ),
+        (
+            "processor_config.json",
+            {"image_processor": {"do_normalize": False}},
+            "do_normalize is false, .*--normalise=unit",
+        ),
+    ],
+)
+def test_a_folders_config_that_does_not_go_with_the_model(tmp_path, name, content, match):
+    theirs = HUGGING_FACE.to_theirs(random_arrays(sam_shapes("mini")))
+    save_file(theirs, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    write_json(tmp_path / name, content)
+    with pytest.raises(UserError, match=match):
+        sam.convert(tmp_path, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_what_a_folders_configs_say_is_held_against_the_model(tmp_path):
     """As `save_pretrained` leaves them, which keeps no metadata of ours beside the weights."""
     theirs = HUGGING_FACE.to_theirs(random_arrays(sam_shapes("mini")))
@@ -127,11 +165,20 @@ def test_what_a_folders_configs_say_is_held_against_the_model(tmp_path):
     assert sam.convert(tmp_path, out) == ("mini", [])
 
 
+def test_a_beginning_that_is_called_lora_is_none(tmp_path):
+    ours = random_arrays(sam_shapes("mini"))
+    theirs = {f"lora_sam.{key}": array for key, array in OFFICIAL.to_theirs(dict(ours)).items()}
+    save_file(theirs, tmp_path / "given.safetensors")
+    sam.convert(tmp_path / "given.safetensors", tmp_path / "sam.safetensors")
+    assert_equal(read_weights(tmp_path / "sam.safetensors")[0], ours)
+
+
 @pytest.mark.parametrize(
     ("metadata", "match"),
     [
         ({"image_size": "big"}, r"given\.safetensors: says image_size=big, expected a multiple"),
         ({"normalise": "imagenet"}, "says normalise=imagenet, expected one of unit, minmax, sam"),
+        ({"mask_choice": "best"}, "says mask_choice=best, expected one of argmax_iou, single"),
     ],
 )
 def test_what_a_foreign_file_says_of_its_images_is_checked(tmp_path, metadata, match):
@@ -175,7 +222,31 @@ def test_what_is_given_stays(tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(UserError, match="is the input; give another name"):
         classifier.convert(path, path)
+    folder = tmp_path / "hf"
+    sam.convert(path, folder)
+    with pytest.raises(UserError, match=r"hf/model\.safetensors: is the input; give another"):
+        sam.convert(folder, folder / "model.safetensors")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["hf", "sam.safetensors"])
+def test_an_output_below_a_file(tmp_path, name):
+    path = tmp_path / "sam.safetensors"
+    save_file(OFFICIAL.to_theirs(random_arrays(sam_shapes("mini"))), path)
+    with pytest.raises(UserError, match="could not be written"):
+        sam.convert(path, path / name)
+
+
+def test_a_file_that_nobody_may_read(tmp_path, monkeypatch):
+    path = tmp_path / "sam.pth"
+    path.touch()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(UserError, match=r"sam\.pth: cannot be read \(.*Permission denied"):
+        sam.convert(path, tmp_path / "out.safetensors")
 
 
 def test_folders_that_hold_no_one_file(tmp_path):
@@ -221,16 +292,16 @@ def test_a_folder_that_cannot_be_finished_is_left_empty(tmp_path, monkeypatch):
     save_file(
         HUGGING_FACE.to_theirs(random_arrays(sam_shapes("mini"))), tmp_path / "sam.safetensors"
     )
-    save = hf_rules.save_arrays
+    save = hf_folder.save_arrays
 
     def full(path, *_):
         raise UserError(f"{path}: could not be written (full)")
 
-    monkeypatch.setattr(hf_rules, "save_arrays", full)
+    monkeypatch.setattr(hf_folder, "save_arrays", full)
     with pytest.raises(UserError, match="full"):
         sam.convert(tmp_path / "sam.safetensors", tmp_path / "hf")
     assert list((tmp_path / "hf").iterdir()) == []
-    monkeypatch.setattr(hf_rules, "save_arrays", save)
+    monkeypatch.setattr(hf_folder, "save_arrays", save)
     sam.convert(tmp_path / "sam.safetensors", tmp_path / "hf")
     assert len(list((tmp_path / "hf").iterdir())) == 3
 

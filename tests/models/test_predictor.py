@@ -225,6 +225,7 @@ def test_batch_needs_all_axes():
         ({"boxes": np.zeros((2, 4))}, r"boxes have shape \(2, 4\); expected \(B, P, 4\)"),
         ({"boxes": np.zeros((2, 1, 5))}, r"boxes .* expected \(B, P, 4\)"),
         ({"points": np.zeros((2, 1, 2))}, r"points .* expected \(B, P, N, 2\)"),
+        ({"embeddings": np.zeros((3, 4, 4, 8))}, r"3 embeddings of 2 images"),
     ]
     for given, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -232,6 +233,7 @@ def test_batch_needs_all_axes():
 
 
 def test_padding_is_zero_after_normalising():
+    assert [part.shape for part in stack_images([], SIDE)] == [(0, SIDE, SIDE, 3), (0, 2), (0, 2)]
     squares, input_sizes, original_sizes = stack_images([picture((40, 100)), picture((9, 8))], SIDE)
     np.testing.assert_array_equal(input_sizes, [(26, 64), (64, 57)])
     np.testing.assert_array_equal(original_sizes, [(40, 100), (9, 8)])

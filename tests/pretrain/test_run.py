@@ -143,9 +143,9 @@ def test_a_run_that_is_cut_goes_on_as_if_it_had_not_been(config, tmp_path, monke
     about = read_weights(resumed)[1]
     assert about["image_size"] == "32"
     assert about["source"] == "pretrain from random, seed 0, step 4"
-    load_weights(resumed, "sam", "two_blocks", normalise="sam")
+    load_weights(resumed, "sam", "two_blocks", choices={"normalise": "sam"})
     with pytest.raises(UserError, match=r"set --config\.input\.normalise=sam"):
-        load_weights(resumed, "sam", "two_blocks", normalise="minmax")
+        load_weights(resumed, "sam", "two_blocks", choices={"normalise": "minmax"})
 
     # Another run may go on from there, with its own steps.
     config.model.sam_weights, config.train.steps = str(resumed), 1

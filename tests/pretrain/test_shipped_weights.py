@@ -25,7 +25,8 @@ SIDE = pretrain_mini.PARTS["finer"]["model.image_size"]
 @pytest.fixture(scope="module")
 def iou():
     """`iou(examples) -> {"box", "point"}`, each the mean over examples."""
-    arrays = load_weights(FILE, "sam", "mini", pretrain_mini.get_config().input.normalise)
+    choices = {"normalise": pretrain_mini.get_config().input.normalise}
+    arrays = load_weights(FILE, "sam", "mini", choices)
     variables = variables_of(arrays)
     answer = make_answer(Sam(variant="mini"), "sam")
     return lambda examples: {

@@ -75,6 +75,10 @@ def predict_masks(
         _check_axes("boxes", boxes, ("B", "P", 4))
         boxes = (boxes.reshape(*boxes.shape[:2], 2, 2) * scale).reshape(boxes.shape)
     sam = sam.bind({"params": params})
+    if embeddings is not None and len(embeddings) != len(squares):
+        raise ValueError(
+            f"{len(embeddings)} embeddings of {len(squares)} images; expected one each."
+        )
     if embeddings is None:
         embeddings = sam.encode_image(normalise(squares, input_sizes))
     low_res_logits, iou = sam.decode(

@@ -61,8 +61,9 @@ def stack_images(
     squares = np.zeros((len(resized), side, side, 3), np.uint8)
     for square, image in zip(squares, resized, strict=True):
         square[: image.shape[0], : image.shape[1]] = image
-    input_sizes = np.array([image.shape[:2] for image in resized], np.int32)
-    return squares, input_sizes, np.array([np.shape(image)[:2] for image in images], np.int32)
+    sizes = [[np.shape(image)[:2] for image in stack] for stack in (resized, images)]
+    input_sizes, original_sizes = np.array(sizes, np.int32).reshape(2, -1, 2)  # none is (0, 2)
+    return squares, input_sizes, original_sizes
 
 
 def normalise(squares: jax.Array, input_sizes: jax.Array) -> jax.Array:
