@@ -18,7 +18,7 @@ def run(work: Callable[[flags.FlagValues], Iterable[str]]) -> None:
 
     def main(argv) -> int:
         jax.config.update("jax_platforms", "cpu")  # a machine's accelerator may be at work
-        absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax tells of every file it opens
+        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells of every file it opens
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected arguments {argv[1:]}; every option begins with --")

@@ -54,9 +54,10 @@ def check_workdir(config, workdir, other_scans: bool = False) -> None:
     for field in SCAN_FIELDS if other_scans else ():
         saved[field] = given[field]
     if differing := differing_fields(saved, given):
+        on = " (--config.model.start_from of this one trains its model on)" * (not other_scans)
         raise UserError(
-            f"{path}: this workdir was made with {', '.join(differing)}; give another --workdir, "
-            "or the same settings."
+            f"{path}: this workdir was made with {', '.join(differing)}; give another --workdir"
+            f"{on}, or the same settings."
         )
 
 
@@ -124,7 +125,13 @@ def _update(config, fields: dict, path) -> None:
     for key, value in fields.items():
         if key not in config:
             raise UserError(f"{path}: unknown field {key}; it was written by another version.")
-        if isinstance(value, dict):
-            _update(config[key], value, path)
-        else:
-            config[key] = tuple(value) if isinstance(value, list) else value
+        try:
+            if isinstance(value, dict):
+                _update(config[key], value, path)
+            else:
+                config[key] = tuple(value) if isinstance(value, list) else value
+        except (AttributeError, TypeError) as error:  # of ml_collections, which does not name it
+            raise UserError(
+                f"{path}: {key}={value!r}, where {config[key]!r} was expected or one of its kind; "
+                "bring back the file as the run wrote it."
+            ) from error

@@ -276,8 +276,8 @@ def _system_rules(config) -> Iterator[Rule]:
         yield field, sound, f"{expected} for model.system={config.model.system}"
 
 
-def check_weight_files(config) -> None:
-    """Refuses weights that are not there. Only the start of a run reads them.
+def check_files(config) -> None:
+    """Refuses files that are not there, before any work. Only the start of a run reads them.
 
     Raises:
       UserError: names the field and the file.
@@ -285,13 +285,13 @@ def check_weight_files(config) -> None:
     start = config.model.start_from
     if start and not (as_path(start) / "checkpoints").is_dir():
         raise UserError(f"model.start_from={start}: no checkpoints there; give a trained workdir.")
-    if start:  # in place of the files
-        return
-    for field in ("model.sam_weights", "model.classifier_weights"):
+    weights = () if start else ("model.sam_weights", "model.classifier_weights")
+    for field in (*weights, "data.split_file", "data.labels_file"):
         file = _get(config, field)
         if file and not as_path(file).is_file():
             found = "a folder, expected a file" if as_path(file).is_dir() else "no such file"
-            raise UserError(f"{field}={file}: {found}; docs/weights.md tells how to make it.")
+            made = "docs/weights.md tells" if field in weights else "README.md (Splits) tells"
+            raise UserError(f"{field}={file}: {found}; {made} how to make it.")
 
 
 def _get(config, field: str):

@@ -92,7 +92,7 @@ def evaluate(
     kept = {} if config.evaluate.root else kept_digests(workdir)
     folder = results_folder(config, workdir)
     so_far = ScoredSoFar(folder, config, model_digest(variables))
-    scored, new, seen, chose, digests = [], 0, [], [], {}
+    scored, new, seen, chose, digests, shown = [], 0, [], [], {}, False
     for scan in tqdm(scans, desc="evaluate", unit="scan", disable=hosts.hides_progress()):
         # All processes predict a scan, or none.
         read = functools.partial(_read, scan, config, workdir, kept.get(scan.name))
@@ -106,7 +106,8 @@ def evaluate(
         known, of_scan = found
         digests[scan.name] = "-".join(of_scan)
         # Masks without the organ are all alike.
-        telling = of_scan if known.organ_pixels.any() else of_scan[1:]
+        shown |= (shows := bool(known.organ_pixels.any()))
+        telling = of_scan if shows else of_scan[1:]
         if trained.digests.intersection(telling):
             seen.append(scan.name)
         if trained.chose.intersection(telling):
@@ -126,6 +127,13 @@ def evaluate(
             write_cases(folder / CASES_SO_FAR, [case for scan in scored for case in scan.cases])
     if not digests:
         raise UserError("no scan could be scored:" + listed(faults))
+    if not shown:
+        _LOG.warning(
+            "no mask of these %d scans shows %s: is it the organ that was annotated there, and "
+            "does evaluate.label_values say what counts?",
+            len(digests),
+            config.data.organ,
+        )
     if before := len(scored) - new:
         _LOG.info("%d of %d scans were scored before, and are taken over", before, len(digests))
     evaluation = Evaluation([], {}, [])

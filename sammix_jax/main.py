@@ -21,7 +21,7 @@ from absl import app, flags
 from sammix_jax import evaluate, hosts, options, plan, predict, prepare, sweep, train
 from sammix_jax.compilation import cache_compilations
 from sammix_jax.config_files import check_workdir
-from sammix_jax.config_rules import check_weight_files
+from sammix_jax.config_rules import check_files
 from sammix_jax.data.paths import Path, as_path
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.split_files import kept_split
@@ -85,9 +85,12 @@ def main(argv) -> int:
     except UserError as error:
         return hosts.leave(options.fail(str(error)))
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _NO_PLACE:
+        if _is_of_no_place(error):
             told = f"{error}; what was saved before is whole: make room and run the same command."
             return hosts.leave(options.fail(told))
+        if "DEADLINE_EXCEEDED" in str(error):
+            told = "waited in vain for another process, which may have failed to save: see its log"
+            return hosts.leave(options.fail(f"{told} ({str(error).splitlines()[0][:200]})."))
         if isinstance(error, PermissionError):
             told = f"{error}; you lack the right to use it (chmod, or another folder)."
             return hosts.leave(options.fail(told))
@@ -102,6 +105,8 @@ def main(argv) -> int:
 
 
 def _run(mode: str, workdir: Path) -> None:
+    if workdir.is_file():
+        raise UserError(f"--workdir={workdir}: a file, expected a folder.")
     config = options.config_for(mode, workdir)
     if mode == "prepare":
         _prepare(config, workdir)
@@ -112,7 +117,7 @@ def _run(mode: str, workdir: Path) -> None:
         print(f"weights     {pretrain(config, workdir)}")
     elif mode == "train":
         if not (workdir / "config.json").exists():
-            check_weight_files(config)
+            check_files(config)
         _train(config, workdir)
     elif mode == "evaluate":
         _evaluate(config, workdir)
@@ -163,24 +168,23 @@ def _train(config, workdir: Path) -> None:
         return  # there is no segmenting without the truth
     prediction = workdir / "prediction.nii.gz"
     if found is None or not prediction.exists():
-        for made in predict.predict(
-            config, workdir, _example_scan(config, store, workdir), prediction
-        ):
-            print(f"example     {config.data.organ} {made.size}")
+        scan = _example_scan(config, store, workdir)
+        for made in predict.predict(config, workdir, store.records[scan].image, prediction):
+            print(f"example     {scan}: {config.data.organ} {made.size}")
     print(f"overlay     {workdir / 'prediction_overlay.png'}\nprediction  {prediction}")
 
 
 def _example_scan(config, store: SliceStore, workdir: Path) -> str:
-    """A scan of a patient who trained nothing, where there is one: without a mask, unless a teacher
-    taught on those, or of the test part; else one that only chose the checkpoint; else any."""
+    """The name of a scan of a patient who trained nothing, where there is one: without a mask,
+    unless a teacher taught on those, or of the test part; else one that only chose the checkpoint;
+    else any."""
     split, pattern = kept_split(workdir), config.data.patient
     unlabelled = [name for name, record in store.records.items() if not record.has_label]
     trained = {patient_of(name, pattern) for name in split.train}
     if config.consistency.weight > 0:
         trained |= {patient_of(name, pattern) for name in unlabelled}
     unseen = [name for name in unlabelled if patient_of(name, pattern) not in trained]
-    name = [*unseen, *split.test, *split.val, *store.records][0]
-    return store.records[name].image
+    return [*unseen, *split.test, *split.val, *store.records][0]
 
 
 def _evaluate(config, workdir: Path) -> None:
@@ -219,9 +223,18 @@ def _summarise(workdirs: list[Path]) -> None:
         print(f"\nsummary     {as_path(options.OUTPUT.value) / 'summary.json'}")
 
 
+def _is_of_no_place(error: Exception) -> bool:
+    """Whether a disk is full. TensorStore calls it exhausted, as XLA does memory, and says why."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_PLACE
+    return any(f"os_error_code='{code}'" in str(error) for code in _NO_PLACE)
+
+
 def _log_to_terminal() -> None:
-    """This project's messages only: Orbax tells of every file and folder that it opens."""
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    """This project's messages only: Orbax tells of every file and folder that it opens, and of each
+    file that cannot be written, which its one error tells too."""
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler(sys.stderr)
     if not hosts.is_first():
         handler.setLevel(logging.ERROR)

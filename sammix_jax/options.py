@@ -2,9 +2,11 @@
 
 import collections
 import pathlib
+import re
 import sys
+import traceback
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from sammix_jax.config import default_config
@@ -28,7 +30,11 @@ MODES = {
 def _define_config():
     """ml_collections applies `--config.field=value` to the default as soon as it is defined."""
     default = pathlib.Path(__file__).with_name("config.py")
-    about = "The run's config; evaluate and predict take the workdir's without it."
+    about = (
+        "The run's config, such as configs/lits.py; evaluate and predict take the workdir's "
+        "without it. Every field is an option, --config.SECTION.FIELD=VALUE; sammix_jax/config.py "
+        "lists them."
+    )
     try:
         return config_flags.DEFINE_config_file("config", str(default), about)
     except (AttributeError, KeyError) as error:
@@ -40,8 +46,26 @@ def _define_config():
 def _no_such_field(error: Exception) -> str:
     """ml_collections wraps the KeyError that says what was meant in an AttributeError."""
     cause = error.args[0]
-    text = cause.args[0] if isinstance(cause, KeyError) else cause
-    return f"--config: no such field: {' '.join(str(text).split())}"
+    text = " ".join(str(cause.args[0] if isinstance(cause, KeyError) else cause).split())
+    if "has no attribute 'get_config'" in text:
+        return "--config: the file has no get_config(), which returns the config, as in configs/."
+    # Of all fields there are, the one that was meant is enough.
+    text = re.sub(r' Other fields present: ".*"(?= Did you mean)', "", text)
+    own = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "get_config"
+    ]
+    where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    return f"--config: no such field: {text}{where}"
+
+
+def _not_parsed(error: flags.Error) -> str:
+    """Of what went wrong in a config file, ml_collections gives the whole traceback as text."""
+    given, _, trace = str(error).partition(" Error whilst parsing config file")
+    if not trace:
+        return f"{error} (--help tells of the flags)"
+    lines = re.findall(r'File "(.+)", line (\d+), in get_config', trace)
+    where = f"{lines[-1][0]}, line {lines[-1][1]}: " if lines else ""
+    return f"{given.removeprefix('flag ')} {where}{trace.split(chr(10))[-2]}"
 
 
 def fail(message: str) -> int:
@@ -91,7 +115,7 @@ def parse(argv):
         arg.partition("=")[0] for arg in argv if arg.startswith("--config.")
     )
     try:
-        parsed = app.parse_flags_with_usage(argv)
+        parsed = flags.FLAGS(argv)
         fields = config_flags.get_override_values(flags.FLAGS["config"])
         for option, times in given.items():
             # Absl would join the two, where of other values the last one counts.
@@ -102,6 +126,8 @@ def parse(argv):
         sys.exit(fail(_no_such_field(error)))
     except UserError as error:
         sys.exit(fail(str(error)))
+    except flags.Error as error:
+        sys.exit(fail(_not_parsed(error)))
     except OSError as error:  # before absl knows the flag's value
         given = " ".join(argv).partition("--config")[2].lstrip("= ").partition(" ")[0]
         sys.exit(fail(_not_loaded(given, error)))
@@ -150,10 +176,15 @@ def _config_for(mode: str, workdir: Path | None):
 
 
 def _named_config():
-    config = CONFIG.value
     try:
+        config = CONFIG.value
         config.lock()
         return config
+    except flags.IllegalFlagValueError as error:  # how absl finds nothing there
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(
+            f"--config={file}: get_config() returned nothing; end it with `return config`."
+        ) from error
     except OSError as error:  # a file that could not be loaded is told at its first use
         file = config_flags.get_config_filename(flags.FLAGS["config"])
         raise UserError(_not_loaded(file, error)) from error

@@ -169,8 +169,8 @@ def _in_the_way(mask: Path) -> list[str]:
     # Else a reference, or a mask that was corrected by hand.
     if mask.exists() and not (made and made == _file_digest(mask)):
         faults.append(
-            f"--output={mask}: is there already, and is no mask of this program as {overlay.name} "
-            "beside it knows it"
+            f"--output={mask}: is there already, and was changed since it was predicted, or comes "
+            "from elsewhere"
         )
     return faults
 

@@ -57,6 +57,8 @@ def prepare(config, workdir) -> SliceStore:
     data = config.data
     root = as_path(data.root) if data.root else _phantom(data, as_path(workdir))
     store = store_folder(config, workdir)
+    if store.is_file():
+        raise UserError(f"data.store={store}: a file, expected a folder.")
     scans = datasets.find_scans(root, data.organ, tuple(data.label_values), data.ignore_value)
     params = {
         "organ": data.organ,

@@ -69,6 +69,13 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
             f"than the run's {steps} steps, or nothing but the classifier would learn."
         )
 
+    for field, begins in (
+        ("train.warmup_steps", config.train.warmup_steps),
+        ("consistency.start_step", config.consistency.start_step * (config.consistency.weight > 0)),
+    ):
+        if 0 < steps <= begins:
+            _LOG.warning("%s=%d: not over when the run's %d steps are", field, begins, steps)
+
     # ---- System and optimiser
     system = make_system(config)
     optimiser = make_optimiser(config.train, steps)
@@ -76,6 +83,11 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
     # ---- State: abstract first, then restored or initialised straight onto the mesh
     init = make_init(system, optimiser, config)
     like = abstract_state(init, mesh, config.mesh.shard_frozen)
+    if steps and not like.trainable:
+        raise UserError(
+            f"train.trainable={tuple(config.train.trainable)}: matches no parameter that there is "
+            "to train, so nothing would learn; expected some that do."
+        )
     sharding = shardings(like)
     with sole_writer(workdir), Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
         checkpoints.check_config(config)

@@ -9,7 +9,7 @@ import pytest
 from configs import labels, lits, totalsegmentator
 from sammix_jax.config import default_config
 from sammix_jax.config_files import check_workdir, claim_workdir, load_config, overlay
-from sammix_jax.config_rules import check_config, check_weight_files
+from sammix_jax.config_rules import check_config, check_files
 from sammix_jax.errors import UserError
 from sammix_jax.presets import apply_preset
 from sammix_jax.systems.named import make_system
@@ -240,11 +240,11 @@ def test_values_that_do_not_go_together(field, settings, expected):
 
 def test_missing_weights_are_named():
     config = default_config()
-    check_weight_files(config)
+    check_files(config)
     config.model.sam_weights = "/nowhere.safetensors"
     check_config(config)  # a trained workdir needs the file no more
     with pytest.raises(UserError, match=r"model\.sam_weights=/nowhere\.safetensors: no such file"):
-        check_weight_files(config)
+        check_files(config)
 
 
 def test_all_faults_are_told_at_once():
@@ -253,6 +253,30 @@ def test_all_faults_are_told_at_once():
     with pytest.raises(UserError, match=r"data\.size=0.*") as error:
         check_config(config)
     assert "train.schedule='step'" in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["data.split_file", "data.labels_file"])
+def test_missing_files_of_the_split_are_named_before_any_work(field):
+    config = default_config()
+    config.update_from_flattened_dict({field: "/nowhere.json", "model.start_from": ""})
+    with pytest.raises(UserError, match=rf"{field}=/nowhere\.json: no such file; README"):
+        check_files(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ([], r"config\.json: holds '\[\]', expected a JSON object"),
+        ({"train": {"steps": "6"}}, r"config\.json: steps='6', where 0 was expected"),
+        ({"train": 5}, r"config\.json: train=5, where "),
+        ({"log": {"profile": 3}}, r"config\.json: profile=3, where \(0, 0\)"),
+        ({"seed": {"a": 1}}, r"config\.json: seed=\{'a': 1\}, where 0"),
+    ],
+)
+def test_a_config_that_was_written_by_hand(tmp_path, content, match):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=match):
+        load_config(tmp_path)
 
 
 def test_a_misspelt_field_is_no_new_field():

@@ -274,6 +274,12 @@ def test_scans_without_the_organ_are_not_taken_for_one_another(
     assert alike in results["digests"]["volume-0"]
     assert results["trained_on"] == results["chose"] == []
     assert "1 of 3 scans have no mask and are not scored, such as volume-2" in caplog.text
+    assert "no mask of these" not in caplog.text
+    for mask in (tmp_path / "scans").glob("segmentation-*"):
+        whole = nib.load(mask)
+        nib.save(nib.Nifti1Image(np.zeros(whole.shape, np.uint8), whole.affine), mask)
+    evaluate(config, run)
+    assert "no mask of these 2 scans shows liver" in caplog.text
 
 
 def test_a_scan_that_was_replaced_since_training_is_not_scored(run, config, others, tmp_path):

@@ -97,7 +97,7 @@ def test_what_an_earlier_checkpoint_made_is_made_anew(trained):
 
 def test_the_example_is_a_scan_that_trained_nothing(tmp_path):
     records = {
-        name: types.SimpleNamespace(image=f"{name}.nii", has_label=name != "bare")
+        name: types.SimpleNamespace(has_label=name != "bare")
         for name in ("trained", "chose", "unseen", "bare")
     }
     store = types.SimpleNamespace(records=records)
@@ -108,12 +108,12 @@ def test_the_example_is_a_scan_that_trained_nothing(tmp_path):
         write_json(tmp_path / "split.json", split)
         return main._example_scan(config, store, tmp_path)
 
-    assert example(["unseen"]) == "bare.nii"
+    assert example(["unseen"]) == "bare"
     config.consistency.weight = 0.1  # a teacher taught on it
-    assert example(["unseen"]) == "unseen.nii"
-    assert example([]) == "chose.nii"
+    assert example(["unseen"]) == "unseen"
+    assert example([]) == "chose"
     config.consistency.weight, config.data.patient = 0.0, "^[uc]|a"  # bare is trained's patient
-    assert example(["unseen"]) == "unseen.nii"
+    assert example(["unseen"]) == "unseen"
 
 
 def test_evaluate_and_predict_need_no_config(trained, tmp_path):
@@ -211,6 +211,15 @@ app.run(main.main, flags_parser=options.parse)
             "No space left on device: 'a/file'; what was saved before is whole",
         ),
         (
+            "ValueError(\"RESOURCE_EXHAUSTED: Error writing local file 'a/file': No space left on "
+            "device [os_error_code='28']\")",
+            "No space left on device [os_error_code='28']; what was saved before is whole",
+        ),
+        (
+            'jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out.")',
+            "waited in vain for another process, which may have failed to save: see its log (DEAD",
+        ),
+        (
             'PermissionError(errno.EACCES, "Permission denied", "a/folder")',
             "Permission denied: 'a/folder'; you lack the right to use it (chmod,",
         ),
@@ -219,7 +228,7 @@ app.run(main.main, flags_parser=options.parse)
             "Out of memory for 8 bytes. A smaller --config.evaluate.batch lessens",
         ),
     ],
-    ids=["disk", "right", "memory"],
+    ids=["disk", "disk of TensorStore", "another process", "right", "memory"],
 )
 def test_a_lack_of_room_or_of_a_right_is_told(tmp_path, error, message):
     script = FULL.format(error)
@@ -311,6 +320,25 @@ def test_mistakes_in_naming_the_config(trained):
     made = run("--mode=evaluate", f"--workdir={folder}", "--config.evaluate.gat=False")
     assert made.returncode == 1 and 'Did you mean "gate"' in made.stderr
     assert "Traceback" not in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("config.train.steps = 7", "get_config() returned nothing; end it with `return config`"),
+        ('config.train.steps = "40"; return config', "config.py, line 4: TypeError: Could not"),
+        ("config.train.stepz = 40; return config", '"steps" instead of "stepz"? ({}, line 4)'),
+    ],
+)
+def test_a_slip_in_a_config_of_ones_own(tmp_path, body, told):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from configs import quickstart\ndef get_config():\n"
+        f"    config = quickstart.get_config()\n    {body}\n"
+    )
+    done = run(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert told.format(path) in done.stderr and "Other fields" not in done.stderr
 
 
 def test_a_mistake_does_not_bind_the_workdir(tmp_path):

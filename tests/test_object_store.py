@@ -16,7 +16,7 @@ from scored import DICES, case, evaluation, example
 from sammix_jax import options, prepare
 from sammix_jax.config import default_config
 from sammix_jax.config_files import check_workdir, claim_workdir, load_config
-from sammix_jax.config_rules import check_weight_files
+from sammix_jax.config_rules import check_files
 from sammix_jax.data import phantom
 from sammix_jax.data.datasets import find_scans
 from sammix_jax.data.files import local_copy, read_json, write_json
@@ -194,10 +194,10 @@ def test_weights(tmp_path):
     config = default_config()
     config.model.sam_weights = "gs://bucket/sam.safetensors"
     with pytest.raises(UserError, match=r"model\.sam_weights=gs://bucket/sam\.safetensors: no"):
-        check_weight_files(config)
+        check_files(config)
     about = {"kind": "sam", "model": "mini", "source": "nowhere", "sha256": ""}
     write_weights("gs://bucket/sam.safetensors", {"a/kernel": np.eye(3, dtype="f4")}, about)
-    check_weight_files(config)
+    check_files(config)
     arrays, metadata = read_weights("gs://bucket/sam.safetensors")
     np.testing.assert_array_equal(arrays["a/kernel"], np.eye(3))
     assert metadata["model"] == "mini"

@@ -156,7 +156,9 @@ def test_only_masks_of_this_program_are_replaced(tmp_path, workdir, config, scan
         folder.mkdir()
         nib.save(scan, folder / "liver_1.nii.gz")
     reference = (labels / "liver_1.nii.gz").read_bytes()
-    with pytest.raises(UserError, match=r"liver_1\.nii\.gz: is there already, and is no mask of"):
+    with pytest.raises(
+        UserError, match=r"liver_1\.nii\.gz: is there already, and was changed since"
+    ):
         predict(config, workdir, images, labels)
     assert (labels / "liver_1.nii.gz").read_bytes() == reference
     out = tmp_path / "out"
@@ -168,7 +170,9 @@ def test_only_masks_of_this_program_are_replaced(tmp_path, workdir, config, scan
     corrected[2, 2, 2] ^= 1
     nib.save(nib.Nifti1Image(corrected, made.affine, made.header), first)
     kept = first.read_bytes()
-    with pytest.raises(UserError, match="no mask of this program as liver_1_overlay"):
+    with pytest.raises(
+        UserError, match="liver_1.nii.gz: is there already, and was changed since it was predicted"
+    ):
         predict(config, workdir, images, out)
     assert first.read_bytes() == kept
     nib.save(scan, images / "liver_2.nii.gz")

@@ -120,6 +120,20 @@ def test_a_warm_up_as_long_as_the_run_is_refused(workdir, config, tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+def test_a_run_in_which_nothing_learns_is_refused(toy_config, tmp_path):
+    toy_config.train.trainable, toy_config.model.lora_rank = (".*/lora_.*",), 0
+    with pytest.raises(UserError, match=r"train\.trainable=\('\.\*/lora_\.\*',\): matches no"):
+        train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_what_is_not_over_when_the_run_is_is_told(toy_config, tmp_path, caplog):
+    toy_config.train.warmup_steps = 12
+    train(toy_config, tmp_path, prepare(toy_config, tmp_path))
+    assert "train.warmup_steps=12: not over when the run's 12 steps are" in caplog.text
+    assert "12 of 12: validation" not in caplog.text
+
+
 def test_a_best_state_of_a_start_from_other_weights_is_not_mixed(workdir, config, tmp_path):
     (tmp_path / "checkpoints" / "best" / "15").mkdir(parents=True)
     write_json(tmp_path / "weights.json", {"model.sam_weights": "of others"})

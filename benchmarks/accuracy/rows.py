@@ -12,7 +12,7 @@ from benchmarks.accuracy.cells import Row
 from sammix_jax import evaluate, prepare, train
 from sammix_jax.compilation import cache_compilations
 from sammix_jax.config_files import check_workdir
-from sammix_jax.config_rules import check_config, check_weight_files
+from sammix_jax.config_rules import check_config, check_files
 from sammix_jax.data import phantom
 from sammix_jax.errors import UserError
 from sammix_jax.evaluation import results
@@ -39,7 +39,7 @@ def run_rows(planned, config_of, folder: pathlib.Path, write) -> None:
         for seed, count, variant in planned:
             config = config_of(variant, count, seed)
             check_config(config)
-            check_weight_files(config)
+            check_files(config)
             check_workdir(config, row_folder(folder, variant, count, seed))
         if folder.is_dir():
             finished_rows(config_of, folder)

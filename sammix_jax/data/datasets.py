@@ -75,7 +75,9 @@ def find_scans(
         found = [p.name for p in inside[:5]]
         raise UserError(
             f"{field}={root}: no scans found (it holds {found or 'nothing'}), expected one of: "
-            f"{LAYOUTS}."
+            f"{LAYOUTS}. For others put scans and masks of the same names into imagesTr/ and "
+            "labelsTr/, and beside them a dataset.json such as "
+            f'{{"labels": {{"background": 0, "{organ}": 1}}}}; convert DICOM with dcm2niix.'
         )
     names = [scan.name for scan in scans]
     for name in names:

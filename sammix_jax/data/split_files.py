@@ -224,7 +224,11 @@ def _read_split(path: Path, labelled: set[str]) -> Split:
         raise UserError(f"{path}: {repeated} stand in two parts; a patient belongs to one.")
     unknown = sorted(set(names) - labelled)
     if unknown:
-        raise UserError(f"{path}: {unknown} are no labelled scans of this data set; remove them.")
+        names = ", ".join(sorted(labelled, key=natural)[:3])
+        raise UserError(
+            f"{path}: {unknown[:5]} are no labelled scans of this data set, whose names are such "
+            f"as {names}; correct them, or remove what is not there."
+        )
     return Split(**{part: tuple(fields[part]) for part in PARTS})
 
 

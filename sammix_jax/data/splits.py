@@ -140,7 +140,12 @@ def draw_labelled_slices(
         for s in store.slices(scan)
         if store.image_label(s) == 1 and store.has_mask(s) and store.mask(s).any()
     ]
-    if not positive or count > len(positive):
+    if not positive:
+        raise UserError(
+            f"no mask of the {len(scans)} training scans shows data.organ={store.params['organ']}: "
+            "is it the organ that was annotated, and does data.label_values say what counts?"
+        )
+    if count > len(positive):
         raise UserError(
             f"data.labelled_slices={count}: the {len(scans)} training scans show "
             f"data.organ={store.params['organ']} on {len(positive)} slices with masks; ask for "

@@ -27,6 +27,11 @@ from sammix_jax.training.step import TrainState
 _LOG = logging.getLogger(__name__)
 
 
+# How long processes wait for one another's part of a checkpoint: where one could not write its own,
+# the others, deaf to signals, would hold their accelerators for Orbax's twenty minutes.
+SAVE_SECONDS = 600
+
+
 def best_step(workdir) -> int | None:
     """The step that `Checkpoints.restore_best` takes: the best one, else the newest; None of none.
 
@@ -60,6 +65,7 @@ class Checkpoints:
                 options |= {"read_only": True, "create": False, "save_interval_steps": 0}
             else:
                 options |= {"cleanup_tmp_directories": True, "max_to_keep": most}
+                options |= {"async_options": ocp.AsyncOptions(timeout_secs=SAVE_SECONDS)}
             try:
                 return ocp.CheckpointManager(
                     self._root / name,

@@ -18,13 +18,18 @@ def sole_writer(workdir):
     the first one takes it. An object store has none, and some network disks.
 
     Raises:
-      UserError: another run holds it.
+      UserError: another run holds it, or the folder cannot be written to.
     """
     folder = as_path(workdir)
 
     def take():
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115 — closed below
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115 — closed below
+        except OSError as error:
+            raise UserError(
+                f"--workdir={folder}: cannot be written to ({error}); make room or give another."
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

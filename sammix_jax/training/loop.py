@@ -78,7 +78,8 @@ def run_steps(
         named = scores or {"scored": 0.0}
         log.write(step, {f"val/{name}": value for name, value in named.items()})
         listed = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        _LOG.info("step %d of %d: validation %s", step, steps, listed)
+        kept = ", the best so far" if best else ""
+        _LOG.info("step %d of %d: validation %s%s", step, steps, listed, kept)
 
     def save(step: int) -> None:
         with timer.part("checkpoint"):
@@ -99,18 +100,26 @@ def run_steps(
             except hosts.Terminated as stopped:
                 told = f"stopped in the validation of step {start}, which is saved"
                 raise termination.ending(told) from stopped
+        if start < steps:
+            _LOG.info("compiling the step, which may take minutes")
         for done in range(start + 1, steps + 1):
+            first = done == start + 1
             profile.at(done - 1)
             with timer.part("data"):
                 _, batch = next(ahead)
             # Only what is asked for moves between host and device.
-            with timer.part("step"), jax.transfer_guard("disallow"):
+            with (
+                timer.part("compilation" if first else "step"),
+                jax.transfer_guard("disallow"),
+            ):
                 state, metrics = train_step(state, batch)
                 # The step before has ended or is about to: looking at it delays nothing.
                 if before is not None:
                     refuse_not_finite(done - 1, before, paths)
                 before = metrics
             bar.update()
+            if first:
+                progress.begin(done)
             due = _due(done, steps)
             told = due(config.log.every_steps)
             # All processes ask after each step, and stop at the same one, where there is no

@@ -22,7 +22,7 @@ SOUND = ("loss", "gradient_norm", "parameter_norm")
 _NAMED = 5  # culprits that an error spells out
 
 # Parts of the loop that come now and then, and are left out of the slices per second.
-APART = ("validation", "checkpoint")
+APART = ("compilation", "validation", "checkpoint")
 TOLD_SECONDS = 30.0  # between lines of a log that nobody sees a progress bar beside
 
 
@@ -96,13 +96,18 @@ class Progress:
     """
 
     def __init__(self, start: int, steps: int, seen: bool):
-        self._start, self._steps, self._seen = start, steps, seen
-        self._begin = self._told = time.monotonic()
+        self._steps, self._seen = steps, seen
+        self.begin(start)
+        self._told = self._begin
+
+    def begin(self, done: int) -> None:
+        """Reckons the time that is left from here on."""
+        self._start, self._begin = done, time.monotonic()
 
     def tell(self, done: int, loss: float, slices_per_second: float) -> None:
         """To be called now and then; what comes sooner than `TOLD_SECONDS` is not told."""
         now = time.monotonic()
-        if self._seen or now - self._told < TOLD_SECONDS:
+        if self._seen or now - self._told < TOLD_SECONDS or done == self._start:
             return
         self._told = now
         left = (self._steps - done) * (now - self._begin) / (done - self._start)

@@ -98,6 +98,7 @@ def _of_files(leaves: dict, config) -> dict[str, np.ndarray]:
         if file:
             choices = training_choices(config) if prefix == "sam" else None
             weights = load_weights(file, prefix, model, choices)
+            _LOG.info("the %s begins from %s", {"sam": "SAM"}.get(prefix, prefix), file)
             values |= fill(leaves, weights, prefix, source=file, may_lack=may_lack)
     return values
 

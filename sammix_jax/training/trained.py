@@ -1,5 +1,6 @@
 """A trained workdir's model."""
 
+import logging
 import math
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from sammix_jax.systems.system import System
 from sammix_jax.training.checkpoint import Checkpoints
 from sammix_jax.training.optim import make_optimiser
 from sammix_jax.training.step import make_init
+
+_LOG = logging.getLogger(__name__)
 
 
 class TrainedModel(NamedTuple):
@@ -40,4 +43,5 @@ def load_model(config, workdir) -> TrainedModel:
     with Checkpoints(workdir, read_only=True) as checkpoints:
         checkpoints.check_preprocessing(config)
         state = checkpoints.restore_best(like)
+    _LOG.info("%s: the model of step %d", workdir, state.step)
     return TrainedModel(system, state.variables, int(state.step))

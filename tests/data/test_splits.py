@@ -145,6 +145,13 @@ def test_too_many_labels_asked_for(tmp_path):
         draw_labelled_slices(fake_store(tmp_path), ("volume-0",), 50, 0)
 
 
+def test_masks_that_never_show_the_organ(tmp_path):
+    """There is nothing to take all of."""
+    for count in (0, 3):
+        with pytest.raises(UserError, match=r"no mask of the 0 training scans shows data\.organ="):
+            draw_labelled_slices(fake_store(tmp_path), (), count, 0)
+
+
 def test_kept_files_are_read_back(tmp_path, config):
     store = fake_store(tmp_path)
     config.data.labelled_slices = 4
@@ -256,7 +263,7 @@ def test_training_on_hdf5_is_known(tmp_path, config):
     ("split", "labels", "message"),
     [
         ({"train": ["volume-0"], "val": ["volume-0"], "test": []}, [], "two parts"),
-        ({"train": ["volume-99"], "val": [], "test": []}, [], "no labelled scans"),
+        ({"train": ["volume-99"], "val": [], "test": []}, [], r"no labelled .* as volume-0, "),
         ({"train": ["volume-0"]}, [], "train, val, test"),
         ({"train": ["volume-0"], "val": ["volume-1"], "test": []},
          [{"scan": "volume-1", "slice": 11}], "no training scan"),

@@ -183,6 +183,13 @@ def test_files_pair_by_number(config, lits, tmp_path):
         assert (store.hu(shown)[store.mask(shown) > 0] > -500).all()
 
 
+def test_a_store_that_is_a_file(config, tmp_path):
+    (tmp_path / "file").touch()
+    config.data.store = str(tmp_path / "file")
+    with pytest.raises(UserError, match=r"data\.store=.*file: a file, expected a folder"):
+        prepare(config, tmp_path / "run")
+
+
 def test_no_root_and_no_phantom(config, tmp_path):
     config.data.root = ""
     config.data.phantom.scans = 0

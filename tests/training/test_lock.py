@@ -20,6 +20,13 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path, toy_config):
     assert train(toy_config, tmp_path / "run", store)
 
 
+def test_a_workdir_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below"):
+        with pytest.raises(UserError, match=rf"--workdir=.*{folder}: cannot be written to \("):
+            sole_writer(tmp_path / folder).__enter__()
+
+
 def test_a_disk_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -77,7 +77,7 @@ def test_nothing_moves_to_the_device_unasked(toy_config, tmp_path, monkeypatch):
 
 def test_the_log_tells_time_by_part_and_memory(workdir):
     names = {name for _, name, _ in read_log(workdir)}
-    parts = {f"train/seconds/{part}" for part in ("data", "step", "validation", "checkpoint")}
+    parts = {f"train/seconds/{part}" for part in (*monitor.APART, "data", "step")}
     assert parts | {"train/host_mib", "train/slices_per_second"} <= names
     assert not any("leaf_norms" in name for name in names)
 
@@ -112,6 +112,17 @@ def test_a_run_without_a_terminal_tells_how_far_it_is(monkeypatch, caplog, seen)
         "step 200 of 500: loss 0.500, 16.0 slices/s, 03:45 left",
     ]  # fmt: skip
     assert caplog.messages == told
+
+
+def test_the_time_that_is_left_knows_nothing_of_compiling(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    now = iter([0.0, 300.0, 300.0, 340.0])
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: next(now))
+    progress = monitor.Progress(0, 101, seen=False)
+    progress.begin(1)
+    progress.tell(1, 0.5, 16.0)  # nothing to reckon by
+    progress.tell(21, 0.5, 16.0)
+    assert caplog.messages == ["step 21 of 101: loss 0.500, 16.0 slices/s, 02:40 left"]
 
 
 def test_a_run_without_a_terminal_is_told_of(toy_config, tmp_path, monkeypatch, caplog):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sammix_jax.config_files import load_config
-from sammix_jax.config_rules import check_weight_files
+from sammix_jax.config_rules import check_files
 from sammix_jax.data.files import read_json, write_json
 from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.split_files import BEGUN_FROM, training_scans
@@ -33,7 +33,7 @@ def start(workdir, config, tmp_path):
 
 def test_it_has_the_trained_model_and_knows_its_scans(workdir, start, tmp_path, caplog):
     start.input.window, start.model.sam_weights = (-100.0, 200.0), "not read"
-    check_weight_files(start)
+    check_files(start)
     run = tmp_path / "run"
     train(start, run, SliceStore.open(workdir / "store"))
     assert "trained with input.window=[-160.0, 240.0] (now [-100.0, 200.0]), so that" in caplog.text
@@ -74,4 +74,4 @@ def test_another_model_is_refused(workdir, start, tmp_path):
 def test_a_folder_without_checkpoints_is_refused_first(start, tmp_path):
     start.model.start_from = str(tmp_path)
     with pytest.raises(UserError, match=r"model\.start_from=.*: no checkpoints there; give a"):
-        check_weight_files(start)
+        check_files(start)
