@@ -27,7 +27,8 @@ from sammix_jax.data.slices import SliceStore
 from sammix_jax.data.split_files import kept_split
 from sammix_jax.data.splits import patient_of
 from sammix_jax.errors import UserError
-from sammix_jax.evaluation import report, results, seeds
+from sammix_jax.evaluation import figures, report, results, seeds
+from sammix_jax.evaluation.gallery import gallery
 from sammix_jax.evaluation.tables import result_table
 from sammix_jax.pretrain.run import pretrain
 from sammix_jax.systems.named import make_system
@@ -142,10 +143,19 @@ def _plan() -> None:
 
 def _prepare(config, workdir: Path) -> SliceStore:
     """By the first process alone; the others open what it has made."""
-    return hosts.first_then_others(
+    store = hosts.first_then_others(
         lambda: prepare.prepare(config, workdir),
         lambda: SliceStore.open(prepare.store_folder(config, workdir)),
     )
+    hosts.on_first(lambda: _show_scans(config, workdir, store))
+    return store
+
+
+def _show_scans(config, workdir: Path, store: SliceStore) -> None:
+    picture = workdir / "scans.png"
+    if options.MODE.value == "prepare" or not picture.exists():
+        figures.save(gallery(store, config.input.window), picture)
+        print(f"scans       {picture}: do the masks lie on the {config.data.organ}?")
 
 
 def _train(config, workdir: Path) -> None:
@@ -231,10 +241,13 @@ def _is_of_no_place(error: Exception) -> bool:
 
 
 def _log_to_terminal() -> None:
-    """This project's messages only: Orbax tells of every file and folder that it opens, and of each
-    file that cannot be written, which its one error tells too."""
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    """This project's messages only: Orbax tells of every file and folder that it opens, and at each
+    one that cannot be read or written all that was under way. Its error says it too; but not where
+    processes wait for one that cannot save."""
+    alone = jax.process_count() == 1
+    absl.logging.set_verbosity(absl.logging.FATAL if alone else absl.logging.ERROR)
+    if alone:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler(sys.stderr)
     if not hosts.is_first():
         handler.setLevel(logging.ERROR)

@@ -161,7 +161,8 @@ def _config_for(mode: str, workdir: Path | None):
     if "data.root" in overrides:
         raise UserError(
             f"--mode={mode} takes no data.root, it uses the workdir's scans; to score others give "
-            "--mode=evaluate --config.evaluate.root=DIR."
+            "--mode=evaluate --config.evaluate.root=DIR. Where its own were moved, give the new "
+            "data.root once to the command that trained it, with --mode=prepare."
         )
     config = load_config(workdir)
     if not flag.present:

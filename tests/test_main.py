@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
 def test_train_does_it_all(trained):
     folder, done = trained
     assert done.returncode == 0, done.stderr
-    for name in ("config.json", "split.json", "labels.json", "metrics.csv",
+    for name in ("config.json", "scans.png", "split.json", "labels.json", "metrics.csv",
                  "evaluation/test/report.html", "prediction.nii.gz",
                  "prediction_overlay.png"):  # fmt: skip
         assert (folder / name).exists(), name

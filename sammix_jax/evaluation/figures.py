@@ -34,8 +34,8 @@ def overlay(volume: Volume, mask: np.ndarray, window: tuple[float, float]) -> Fi
     levels = np.unique(shown[[len(shown) // 4, len(shown) // 2, 3 * len(shown) // 4]])
     figure = Figure(figsize=(4 * len(levels), 4.4), layout="constrained", facecolor="black")
     for axis, z in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels, strict=True):
-        _show(axis, volume.hu[z], window, aspect=volume.spacing[1] / volume.spacing[2])
-        _contour(axis, mask[z], PREDICTION)
+        show(axis, volume.hu[z], window, aspect=volume.spacing[1] / volume.spacing[2])
+        contour(axis, mask[z], PREDICTION)
         axis.set_title(f"slice {z + 1} of {len(mask)}", color="white", fontsize=10)
     return figure
 
@@ -70,13 +70,13 @@ def case(
         fontsize=8,
     )
     above, *others = figure.subplots(panels, 1, squeeze=False)[:, 0]
-    _show(above, hu, window)
-    _contour(above, truth, TRUTH)
-    _contour(above, predicted, PREDICTION)
+    show(above, hu, window)
+    contour(above, truth, TRUTH)
+    contour(above, predicted, PREDICTION)
     if not others:
         return figure
     (below,) = others
-    _show(below, hu, window)
+    show(below, hu, window)
     below.imshow(cam, cmap="inferno", alpha=0.5, vmin=0, vmax=1)
     _rectangle(below, box, BOX, "-")
     if true_box is not None:
@@ -155,12 +155,14 @@ def _plot(height: float = 3.0):
     return figure, axis
 
 
-def _show(axis, hu: np.ndarray, window: tuple[float, float], aspect: float = 1.0) -> None:
+def show(axis, hu: np.ndarray, window: tuple[float, float], aspect: float = 1.0) -> None:
+    """Draws a slice (H, W) of HU; `aspect` is the height of a pixel over its width."""
     axis.imshow(hu, cmap="gray", vmin=window[0], vmax=window[1], aspect=aspect)
     axis.axis("off")
 
 
-def _contour(axis, mask: np.ndarray, colour: str) -> None:
+def contour(axis, mask: np.ndarray, colour: str) -> None:
+    """Draws the outline of a mask (H, W), if it has one."""
     if mask.any() and not mask.all():
         axis.contour(mask.astype(float), levels=[0.5], colors=colour, linewidths=1.5)
 
