@@ -52,9 +52,8 @@ def main(argv) -> int:
     if len(argv) > 1:
         return options.fail(f"unexpected arguments {argv[1:]}; every option begins with --")
     mode = options.MODE.value
-    absl.logging.set_verbosity(
-        absl.logging.ERROR
-    )  # JAX tells of each accelerator that is not there
+    # JAX tells of each kind of accelerator that is not there; of one that is not used it warns.
+    absl.logging.set_verbosity(absl.logging.WARNING)
     cache_compilations()
     hosts.let_sigterm_end()  # until there is something to save
     try:
@@ -248,8 +247,8 @@ def _log_to_terminal() -> None:
     one that cannot be read or written all that was under way. Its error says it too; but not where
     processes wait for one that cannot save."""
     alone = jax.process_count() == 1
+    absl.logging.set_verbosity(absl.logging.FATAL if alone else absl.logging.ERROR)
     if alone:
-        absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler(sys.stderr)
     if not hosts.is_first():
