@@ -126,6 +126,7 @@ def _trained(
     size = trained.get("image_size", str(patch))
     if not size.isdecimal() or int(size) % patch or not int(size):
         raise UserError(
-            f"{path}: says image_size={size}, expected a multiple of {variant}'s patch of {patch}."
+            f"{path}: {'--image_size' if 'image_size' in told else 'says image_size'}={size}, "
+            f"expected a multiple of {variant}'s patch of {patch}."
         )
     return trained

@@ -121,17 +121,21 @@ def overlay(config, said) -> None:
     config.update_from_flattened_dict({k: v for k, v in fields.items() if v is not None})
 
 
-def _update(config, fields: dict, path) -> None:
+def _update(config, fields: dict, path, above: str = "") -> None:
     for key, value in fields.items():
+        name = f"{above}{key}"
         if key not in config:
-            raise UserError(f"{path}: unknown field {key}; it was written by another version.")
+            raise UserError(f"{path}: unknown field {name}; it was written by another version.")
+        known = config[key]
+        is_section = isinstance(known, ml_collections.ConfigDict)
+        kind = "a section" if is_section else f"a value such as {known!r}"
+        wrong = f"{path}: {name}={value!r}, expected {kind}; bring back the file as it was."
+        if is_section != isinstance(value, dict) or (value is None and known is not None):
+            raise UserError(wrong)
+        if is_section:
+            _update(known, value, path, f"{name}.")
+            continue
         try:
-            if isinstance(value, dict):
-                _update(config[key], value, path)
-            else:
-                config[key] = tuple(value) if isinstance(value, list) else value
-        except (AttributeError, TypeError) as error:  # of ml_collections, which does not name it
-            raise UserError(
-                f"{path}: {key}={value!r}, where {config[key]!r} was expected or one of its kind; "
-                "bring back the file as the run wrote it."
-            ) from error
+            config[key] = tuple(value) if isinstance(value, list) else value
+        except TypeError as error:
+            raise UserError(wrong) from error

@@ -130,9 +130,10 @@ def evaluate(
     if not shown:
         _LOG.warning(
             "no mask of these %d scans shows %s: is it the organ that was annotated there, and "
-            "does evaluate.label_values say what counts?",
+            "does %s.label_values say what counts?",
             len(digests),
             config.data.organ,
+            "evaluate" if config.evaluate.root else "data",
         )
     if before := len(scored) - new:
         _LOG.info("%d of %d scans were scored before, and are taken over", before, len(digests))

@@ -91,9 +91,10 @@ def main(argv) -> int:
         if _is_of_no_place(error):
             told = f"{error}; what was saved before is whole: make room and run the same command."
             return hosts.leave(options.fail(told))
-        if "DEADLINE_EXCEEDED" in str(error):
-            told = "waited in vain for another process, which may have failed to save: see its log"
-            return hosts.leave(options.fail(f"{told} ({str(error).splitlines()[0][:200]})."))
+        if isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error):
+            others = ", or another process, whose log says more," * jax.distributed.is_initialized()
+            told = f"a disk or store{others} did not answer in time; what was saved before is whole"
+            return hosts.leave(options.fail(f"{told} ({str(error).partition(chr(10))[0][:200]})"))
         if isinstance(error, PermissionError):
             told = f"{error}; you lack the right to use it (chmod, or another folder)."
             return hosts.leave(options.fail(told))
@@ -155,7 +156,9 @@ def _prepare(config, workdir: Path) -> SliceStore:
 
 def _show_scans(config, workdir: Path, store: SliceStore) -> None:
     picture = workdir / "scans.png"
-    if options.MODE.value == "prepare" or not picture.exists():
+    # Once the workdir is this run's, its scans stay the same.
+    begun = (workdir / "config.json").exists() and picture.exists()
+    if options.MODE.value == "prepare" or not begun:
         figures.save(gallery(store, config.input.window), picture)
         print(f"scans       {picture}: do the masks lie on the {config.data.organ}?")
 
@@ -246,7 +249,7 @@ def _log_to_terminal() -> None:
     """This project's messages only: Orbax tells of every file and folder that it opens, and at each
     one that cannot be read or written all that was under way. Its error says it too; but not where
     processes wait for one that cannot save."""
-    alone = jax.process_count() == 1
+    alone = not jax.distributed.is_initialized()
     absl.logging.set_verbosity(absl.logging.FATAL if alone else absl.logging.ERROR)
     if alone:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -45,17 +45,17 @@ def _define_config():
 
 def _no_such_field(error: Exception) -> str:
     """ml_collections wraps the KeyError that says what was meant in an AttributeError."""
-    cause = error.args[0]
-    text = " ".join(str(cause.args[0] if isinstance(cause, KeyError) else cause).split())
+    cause = error.args[0] if error.args else error
+    told = cause.args[0] if isinstance(cause, KeyError) and cause.args else cause
+    text = " ".join(str(told).split())
     if "has no attribute 'get_config'" in text:
         return "--config: the file has no get_config(), which returns the config, as in configs/."
     # Of all fields there are, the one that was meant is enough.
     text = re.sub(r' Other fields present: ".*"(?= Did you mean)', "", text)
-    own = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "get_config"
-    ]
-    where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-    return f"--config: no such field: {text}{where}"
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    if where := _line_of_the_config(frames):
+        return f"--config: {where}: {text}"
+    return f"--config: no such field: {text}"
 
 
 def _not_parsed(error: flags.Error) -> str:
@@ -63,9 +63,23 @@ def _not_parsed(error: flags.Error) -> str:
     given, _, trace = str(error).partition(" Error whilst parsing config file")
     if not trace:
         return f"{error} (--help tells of the flags)"
-    lines = re.findall(r'File "(.+)", line (\d+), in get_config', trace)
-    where = f"{lines[-1][0]}, line {lines[-1][1]}: " if lines else ""
-    return f"{given.removeprefix('flag ')} {where}{trace.split(chr(10))[-2]}"
+    # Frames are indented, and what was raised comes after them.
+    frames, told = re.match(
+        r"\n?((?: .*\n)+)((?s:.*))", trace.rpartition("call last):")[2]
+    ).groups()
+    found = re.findall(r'File "(.+)", line (\d+)', frames)
+    return f"{given.removeprefix('flag ')} {_line_of_the_config(found)}: {' '.join(told.split())}"
+
+
+def _line_of_the_config(frames: list[tuple[str, int | str]]) -> str:
+    """Where in the config file it happened, by the files and lines of a traceback: the file comes
+    after the library that reads it. "" where it did not happen there."""
+    last = max((i for i, (f, _) in enumerate(frames) if f.endswith("config_flags.py")), default=-1)
+    after = [frame for frame in frames[last + 1 :] if not frame[0].startswith("<")]
+    if last < 0 or not after or "ml_collections" in after[0][0]:
+        return ""
+    file, line = [frame for frame in after if frame[0] == after[0][0]][-1]
+    return f"{file}, line {line}"
 
 
 def fail(message: str) -> int:
@@ -177,17 +191,16 @@ def _config_for(mode: str, workdir: Path | None):
 
 
 def _named_config():
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
     try:
         config = CONFIG.value
         config.lock()
         return config
-    except flags.IllegalFlagValueError as error:  # how absl finds nothing there
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
+    except (flags.IllegalFlagValueError, AttributeError) as error:  # of a None, of a number
         raise UserError(
-            f"--config={file}: get_config() returned nothing; end it with `return config`."
+            f"--config={file}: get_config() returned no config; end it with `return config`."
         ) from error
     except OSError as error:  # a file that could not be loaded is told at its first use
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
         raise UserError(_not_loaded(file, error)) from error
 
 

@@ -264,10 +264,11 @@ def load_predictor(path) -> SamPredictor:
         )
     # As in training, whatever the type that they are stored in.
     params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
-    if metadata.get("mask_choice") == "single":
-        _LOG.warning(
-            "%s: learned to give SAM's single mask: predict with multimask_output=False.", path
-        )
+    choice = metadata.get("mask_choice", "argmax_iou")
+    if choice != "argmax_iou":
+        how = "its single mask" if choice == "single" else f"the mask of {choice} of its three"
+        call = "multimask_output=False" if choice == "single" else "it, whatever its score"
+        _LOG.warning("%s: learned to give %s alone: predict with %s.", path, how, call)
     size = metadata.get("image_size")
     try:
         tree = traverse_util.unflatten_dict(params, sep="/")

@@ -217,7 +217,11 @@ app.run(main.main, flags_parser=options.parse)
         ),
         (
             'jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out.")',
-            "waited in vain for another process, which may have failed to save: see its log (DEAD",
+            "what was saved before is whole (DEADLINE_EXCEEDED: Barrier timed out.)",
+        ),
+        (
+            'TimeoutError("Timed out while waiting for async_write_complete barrier.")',
+            "what was saved before is whole (Timed out while waiting for",
         ),
         (
             'PermissionError(errno.EACCES, "Permission denied", "a/folder")',
@@ -228,7 +232,7 @@ app.run(main.main, flags_parser=options.parse)
             "Out of memory for 8 bytes. A smaller --config.evaluate.batch lessens",
         ),
     ],
-    ids=["disk", "disk of TensorStore", "another process", "right", "memory"],
+    ids=["disk", "disk of TensorStore", "deadline", "timeout", "right", "memory"],
 )
 def test_a_lack_of_room_or_of_a_right_is_told(tmp_path, error, message):
     script = FULL.format(error)
@@ -325,9 +329,14 @@ def test_mistakes_in_naming_the_config(trained):
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("config.train.steps = 7", "get_config() returned nothing; end it with `return config`"),
+        ("config.train.steps = 7", "get_config() returned no config; end it with `return config`"),
+        ("return 5", "get_config() returned no config; end it with `return config`"),
         ('config.train.steps = "40"; return config', "config.py, line 4: TypeError: Could not"),
-        ("config.train.stepz = 40; return config", '"steps" instead of "stepz"? ({}, line 4)'),
+        ('raise ValueError("two\\nlines")', "config.py, line 4: ValueError: two lines\n"),
+        ("config.train.stepz = 40; return config", "{}, line 4: Key "),
+        ("config.train.stepz = 40; return config", 'Did you mean "steps" instead of "stepz"?'),
+        ("raise KeyError", "--config: {}, line 4: "),
+        ("None.foo", "--config: {}, line 4: 'NoneType' object has no attribute 'foo'\n"),
     ],
 )
 def test_a_slip_in_a_config_of_ones_own(tmp_path, body, told):

@@ -47,7 +47,7 @@ def system_rules(config) -> Iterator[tuple[str, bool, str]]:
         yield "data.size", config.data.size % least == 0, f"a multiple of {least}"
     if system == "nnunet" and not model.widths:
         planned = len(nnunet_widths(config.data.size, config.data.size))
-        yield "data.size", planned >= 3, "a multiple of 4, from 16 on, which maps can be halved by,"
+        yield "data.size", planned >= 2, "an even number, from 8 on, that maps can be halved by,"
     if system == "multimix":
         sizes = config.train.batch_labelled, config.train.batch_unlabelled
         yield (

@@ -13,6 +13,7 @@ import json
 import logging
 import operator
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -27,8 +28,8 @@ from sammix_jax.training.step import TrainState
 _LOG = logging.getLogger(__name__)
 
 
-# How long processes wait for one another's part of a checkpoint: where one could not write its own,
-# the others, deaf to signals, would hold their accelerators for Orbax's twenty minutes.
+# How long several processes may take for a checkpoint, and so wait for one another's part: where
+# one could not write its own, all would hold accelerators, deaf to signals, for Orbax's 20 minutes.
 SAVE_SECONDS = 600
 
 
@@ -65,7 +66,8 @@ class Checkpoints:
                 options |= {"read_only": True, "create": False, "save_interval_steps": 0}
             else:
                 options |= {"cleanup_tmp_directories": True, "max_to_keep": most}
-                options |= {"async_options": ocp.AsyncOptions(timeout_secs=SAVE_SECONDS)}
+                if jax.process_count() > 1:
+                    options["async_options"] = ocp.AsyncOptions(timeout_secs=SAVE_SECONDS)
             try:
                 return ocp.CheckpointManager(
                     self._root / name,

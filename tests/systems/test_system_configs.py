@@ -35,8 +35,8 @@ def test_headlines_and_what_may_be_scored():
         ("unet", "consistency.weight", 1.0, "0 for"),
         ("unet", "data.size", 34, "a multiple of 4 for"),
         ("multimix", "data.size", 36, "a multiple of 8 for"),
-        ("nnunet", "data.size", 42, "a multiple of 4, from 16 on"),
-        ("nnunet", "data.size", 8, "a multiple of 4, from 16 on"),
+        ("nnunet", "data.size", 43, "an even number, from 8 on"),
+        ("nnunet", "data.size", 6, "an even number, from 8 on"),
         ("transunet", "data.size", 40, "a multiple of 16 for"),
         ("nnunet", "model.sam_weights", "sam.safetensors", "none for"),
         ("multimix", "train.batch_unlabelled", 4, "train.batch_labelled=2"),
@@ -53,7 +53,7 @@ def test_headlines_and_what_may_be_scored():
 )
 def test_what_does_not_go_with_a_system(name, field, value, expected):
     config = tiny_config(name)
-    if expected.endswith("from 16 on"):
+    if expected.endswith("from 8 on"):
         config.model.widths = ()  # as nnU-Net's planner has it
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=rf"{field}=.*: expected .*{expected}"):
