@@ -86,13 +86,14 @@ def _load_workdir(workdir: Path, cast: Cast, told: Mapping[str, str]) -> Loaded:
     pretrained = workdir / f"sam_{config.model.sam}.safetensors"
     if pretrained.exists() and not (workdir / SPLIT).exists():
         raise UserError(f"{workdir}: a pretraining, which wrote {pretrained.name}: give that file.")
-    variables = load_model(config, workdir).variables
+    _, variables, step = load_model(config, workdir)
     params = merge_lora(variables["params"]["sam"])
     leaves = traverse_util.flatten_dict(params, sep="/")
     arrays = {path: cast(path, np.asarray(leaf)) for path, leaf in leaves.items()}
     known = {"image_size": str(config.model.image_size), **training_choices(config)}
     trained = _trained(workdir, known, config.model.sam, told)
-    return Loaded(arrays, config.model.sam, resolved(workdir).name, "", trained)
+    source = f"{resolved(workdir).name}, step {step}"
+    return Loaded(arrays, config.model.sam, source, "", trained)
 
 
 def _load_own(path: Path, cast: Cast, told: Mapping[str, str]) -> Loaded:

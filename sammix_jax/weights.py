@@ -8,7 +8,7 @@ A file is one `.safetensors`. Its keys are flat parameter paths, such as
     version  '1'
     kind     'sam' or 'classifier'
     model    the variant or the architecture: 'vit_b', 'resnet50', ...
-    source   name of the file that the values come from
+    source   name of the file that the values come from, or of the workdir, with the step
     sha256   of that file, '' where there is no single one
     normalise, image_size, mask_choice  those of its training, where they are known
 

@@ -251,6 +251,7 @@ def test_what_is_known_of_the_images_stays_with_the_weights(files, adapted, tmp_
     assert found["normalise"] == config.input.normalise
     assert found["image_size"] == str(config.model.image_size)
     assert found["mask_choice"] == config.model.mask_choice == "argmax_iou"
+    assert found["source"] == f"{adapted.name}, step 0"
 
 
 def trained_as(files, path, **known):
