@@ -157,6 +157,7 @@ def default_config() -> ml_collections.ConfigDict:
     evaluate.gate = True  # slices that the classifier calls negative get an empty mask
     evaluate.component = "all"  # "largest" keeps of a scan's mask the largest component, in 3D
     evaluate.nsd_tolerance = 2.0  # mm by which a surface may be off and still count
+    evaluate.save_masks = False  # keep the masks that are scored, as NIfTI on the scans' own grids
     evaluate.batch = 8  # slices that are predicted at a time
 
     config.mesh = mesh = ml_collections.ConfigDict()

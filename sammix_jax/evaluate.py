@@ -10,6 +10,7 @@ from tqdm import tqdm
 from sammix_jax import hosts
 from sammix_jax.data import hdf5
 from sammix_jax.data.datasets import Scan
+from sammix_jax.data.masks import write_mask
 from sammix_jax.data.split_files import (
     kept_digests,
     training_scans,
@@ -41,6 +42,8 @@ from sammix_jax.training.trained import load_model
 
 _LOG = logging.getLogger(__name__)
 
+MASKS = "masks"
+
 
 class IncompleteEvaluation(UserError):
     """Some scans could not be scored; `evaluation` holds the others."""
@@ -53,7 +56,8 @@ class IncompleteEvaluation(UserError):
 def evaluate(
     config, workdir, report: Callable[[Evaluation], None] = lambda evaluation: None
 ) -> Evaluation:
-    """Evaluates the best checkpoint; writes cases.csv and results.json into `results_folder`.
+    """Evaluates the best checkpoint; writes cases.csv and results.json into `results_folder`, and
+    where `evaluate.save_masks` asks for them the masks of the first protocol that is scored.
 
     Until all scans are scored those that are lie in cases_so_far.csv, and in so_far/ all that an
     evaluation of the same model takes over of them when it goes on with the others.
@@ -116,6 +120,10 @@ def evaluate(
         is_new = not hosts.any_process(taken is not None)
         if is_new:
             prediction = predict_volume(predict, variables, known.volume, known.truth, config)
+            if config.evaluate.save_masks:
+                path = folder / MASKS / f"{scan.name}.nii.gz"
+                mask = prediction.masks[protocols[0]]
+                hosts.on_first(functools.partial(write_mask, path, mask, known.volume))
             score = functools.partial(_score, known, prediction, protocols, config)
             # Surfaces take gigabytes: once a machine, not once a process.
             taken = hosts.on_first(score)

@@ -78,6 +78,14 @@ def test_scores_are_those_of_the_masks_on_the_scans_grid(run, config):
     record = SliceStore.open(run / "store").records[case.scan]
     (made,) = predict(config, run, record.image, run / "mask.nii.gz")
     predicted = np.asarray(nib.load(made.mask).dataobj) > 0
+    folder = results_folder(config, run)
+    assert not (folder / "masks").exists()
+    config.evaluate.save_masks = True
+    assert results_folder(config, run) == folder
+    evaluate(config, run)
+    kept = nib.load(folder / "masks" / f"{case.scan}.nii.gz")
+    np.testing.assert_array_equal(np.asarray(kept.dataobj) > 0, predicted)
+    np.testing.assert_array_equal(kept.affine, nib.load(record.image).affine)
     truth = np.asarray(nib.load(record.label).dataobj) > 0
     dice = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
     assert case.dice == pytest.approx(dice, abs=1e-6)

@@ -28,6 +28,7 @@ TESTED = {
     "test_evaluate.py": {
         "test_scans_that_trained_the_model_are_named": ("evaluate.part",),
         "test_one_bad_scan_does_not_waste_the_others": ("evaluate.root",),
+        "test_scores_are_those_of_the_masks_on_the_scans_grid": ("evaluate.save_masks",),
     },
     "evaluation/test_scans.py": {
         "test_a_draw_is_of_scans_that_show_the_organ": ("evaluate.scans", "evaluate.seed"),

@@ -23,6 +23,8 @@ _LOG = logging.getLogger(__name__)
 RESULTS, CASES = "results.json", "cases.csv"
 # Of an evaluation that goes on, or was cut off.
 CASES_SO_FAR = "cases_so_far.csv"
+# Of `config.evaluate`, what changes no score.
+UNSCORED = ("batch", "save_masks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ def results_folder(config, workdir) -> Path:
     if (workdir / "config.json").exists():
         own = load_config(workdir).evaluate
         for field, value in sorted(config.evaluate.items()):
-            if field not in ("part", "root", "batch") and value != own[field]:
+            if field not in ("part", "root", *UNSCORED) and value != own[field]:
                 said = "+".join(map(str, value)) if isinstance(value, tuple) else value
                 name += f"-{field}={said}"
     return workdir / "evaluation" / name
@@ -204,7 +206,7 @@ def _other_settings(results: dict, config) -> list[str]:
     How many slices go in at a time is no setting: it changes speed alone.
     """
     settings = [
-        {f"evaluate.{field}": value for field, value in fields.items() if field != "batch"}
+        {f"evaluate.{field}": value for field, value in fields.items() if field not in UNSCORED}
         for fields in (results["evaluate"], json.loads(config.evaluate.to_json()))
     ]
     return differing_fields(*settings)

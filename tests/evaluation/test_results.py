@@ -121,6 +121,7 @@ def test_saved_results_are_those_of_the_present_checkpoint(run):
     write_results(results_folder(config, run), *found(run))
     assert saved_results(config, run) == load_results(config, run) == found(run)[0]
     config.evaluate.batch += 1  # changes no score
+    config.evaluate.save_masks = True  # nor does this
     assert saved_results(config, run) is not None
     (run / "checkpoints" / "best" / "40").rename(run / "checkpoints" / "best" / "60")
     assert saved_results(config, run) is None
