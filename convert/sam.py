@@ -35,7 +35,14 @@ FORMATS = {
 
 
 def convert(
-    path, output, form: str | None = None, dtype: str | None = None, **told: str
+    path,
+    output,
+    form: str | None = None,
+    dtype: str | None = None,
+    *,
+    normalise: str | None = None,
+    image_size: int | None = None,
+    mask_choice: str | None = None,
 ) -> tuple[str, list[str]]:
     """Converts one model.
 
@@ -44,8 +51,8 @@ def convert(
       output: file or new folder to write.
       form: a key of `FORMATS`; None takes it from the output's ending.
       dtype: type to store; None keeps the input's.
-      **told: of how the model was trained, where its file does not tell it, by the names of
-        `sammix_jax.weights.TRAINED_WITH`.
+      normalise, image_size, mask_choice: how the model was trained, where its file does not tell:
+        `input.normalise`, the side of its images in pixels, and one of `weights.MASKS`.
 
     Returns:
       The variant found, and what the user of an exported model must know, a line each.
@@ -56,6 +63,8 @@ def convert(
     """
     path, output = as_path(path), as_path(output)
     form = _check_output(output, form)
+    told = {"normalise": normalise, "image_size": image_size, "mask_choice": mask_choice}
+    told = {key: str(value) for key, value in told.items() if value is not None}
     sam = load_sam(path, output, caster(path, dtype), told)
     notes = _notes(sam, form)
     if form == "sammix":
@@ -158,7 +167,7 @@ def _write_official(output: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def main(given: flags.FlagValues) -> list[str]:
-    told = {key: str(given[key].value) for key in TRAINED_WITH if given[key].value is not None}
+    told = {key: given[key].value for key in TRAINED_WITH}
     variant, notes = convert(given.input, given.output, given.format, given.dtype, **told)
     return [f"{given.output}: {variant}", *(f"note: {note}" for note in notes)]
 

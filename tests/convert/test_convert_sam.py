@@ -301,7 +301,7 @@ def test_an_official_files_size_comes_back_if_it_is_told(files, tmp_path):
     own = trained_as(files, tmp_path / "own.safetensors", image_size="64")
     _, (_, size) = convert(own, tmp_path / "sam.pth")
     assert size.endswith("needs --image_size=64.")
-    convert(tmp_path / "sam.pth", tmp_path / "back.safetensors", image_size="64")
+    convert(tmp_path / "sam.pth", tmp_path / "back.safetensors", image_size=64)
     assert read_weights(tmp_path / "back.safetensors")[1]["image_size"] == "64"
 
 
