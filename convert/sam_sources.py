@@ -48,7 +48,7 @@ def load_sam(path: Path, output: Path, cast: Cast, told: Mapping[str, str]) -> L
 
     Args:
       cast: is applied to every array.
-      told: as for `convert`.
+      told: what the user says of the training, by the names of `weights.TRAINED_WITH`.
     """
     if path.is_dir() and (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         return _load_workdir(path, cast, told)

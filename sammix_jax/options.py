@@ -61,12 +61,11 @@ def _no_such_field(error: Exception) -> str:
 def _not_parsed(error: flags.Error) -> str:
     """Of what went wrong in a config file, ml_collections gives the whole traceback as text."""
     given, _, trace = str(error).partition(" Error whilst parsing config file")
-    if not trace:
-        return f"{error} (--help tells of the flags)"
     # Frames are indented, and what was raised comes after them.
-    frames, told = re.match(
-        r"\n?((?: .*\n)+)((?s:.*))", trace.rpartition("call last):")[2]
-    ).groups()
+    parts = re.match(r"\n?((?: .*\n)+)((?s:.*))", trace.rpartition("call last):")[2])
+    if not parts:
+        return f"{error} (--help tells of the flags)"
+    frames, told = parts.groups()
     found = re.findall(r'File "(.+)", line (\d+)', frames)
     return f"{given.removeprefix('flag ')} {_line_of_the_config(found)}: {' '.join(told.split())}"
 

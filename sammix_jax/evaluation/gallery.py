@@ -12,7 +12,8 @@ MOST, COLUMNS = 12, 4  # scans, and how many stand side by side
 def gallery(store: SliceStore, window: tuple[float, float]) -> Figure:
     """A slice of each scan, or of some along the list of them: the one with most of the organ.
 
-    Slices are shown as the networks see them: the patient's right is on the left, the front above.
+    Slices are shown as the networks see them: the patient's right is on the left, where an R stands
+    if the file tells of its axes, and the front above.
 
     Args:
       store: the prepared slices.
@@ -47,8 +48,9 @@ def _show_scan(axis, store: SliceStore, record: ScanRecord, window: tuple[float,
         contour(axis, store.mask(where) > 0, TRUTH)
     else:
         told += "\nannotated in part"
-    if not record.oriented:
+    if record.oriented:
+        axis.text(0.02, 0.5, "R", color="white", fontsize=9, transform=axis.transAxes)
+    else:
         told += "\nknows no orientation"
     colour = "white" if record.oriented and any(counts) else PREDICTION
     axis.set_title(told, color=colour, fontsize=8)
-    axis.text(0.02, 0.5, "R", color="white", fontsize=9, transform=axis.transAxes)

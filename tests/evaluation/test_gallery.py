@@ -25,6 +25,7 @@ def test_the_slice_with_most_of_the_organ_and_its_outline(config, lits, tmp_path
         "volume-2, slice 4 of 6\nno mask",
     ]
     assert [len(axis.images) for axis in found.values()] == [1, 1, 1]
+    assert [axis.texts[0].get_text() for axis in found.values()] == ["R", "R", "R"]
     outlined = [len(axis.collections) for axis in found.values()]
     assert outlined == [1, 0, 0]
 
@@ -33,8 +34,9 @@ def test_scans_that_know_no_orientation_are_marked(config, lits, tmp_path):
     for path in lits.iterdir():
         nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj), np.eye(4)), path)
     config.data.root, config.data.store = str(lits), ""
-    titles = [title.partition("\n")[2] for title in panels(config, tmp_path / "run")]
-    assert titles[0] == "knows no orientation"
+    found = panels(config, tmp_path / "run")
+    assert next(iter(found)).partition("\n")[2] == "knows no orientation"
+    assert not any(axis.texts for axis in found.values())
 
 
 def test_of_many_scans_some_along_the_list_are_shown(config, lits, tmp_path):
