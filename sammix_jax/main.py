@@ -5,7 +5,6 @@ python -m sammix_jax.main --mode=predict --workdir=DIR --input=scan.nii.gz --out
 python -m sammix_jax.main --mode=summarise --workdir='runs/seed-*'
 """
 
-import errno
 import functools
 import io
 import logging
@@ -30,6 +29,7 @@ from sammix_jax.errors import UserError
 from sammix_jax.evaluation import figures, report, results, seeds
 from sammix_jax.evaluation.gallery import gallery
 from sammix_jax.evaluation.tables import result_table
+from sammix_jax.faults import fault_of_the_machine
 from sammix_jax.pretrain.run import pretrain
 from sammix_jax.systems.named import make_system
 from sammix_jax.systems.system import ORACLES
@@ -38,14 +38,6 @@ flags.adopt_module_key_flags(options)  # so that --help tells of them
 
 # Whose same command takes up what was done before it was stopped.
 _GOING_ON = ("train", "pretrain", "prepare", "evaluate")
-# A disk or a quota that is full, or a folder that may only be read.
-_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_OUT_OF_MEMORY = (
-    "A smaller --config.evaluate.batch lessens what validating, scoring and predicting take, and a "
-    "larger mesh.fsdp what training does, both when a run goes on too; model.dtype=bfloat16, "
-    "model.remat=blocks and train.accumulate need a new workdir. --mode=plan tells before what a "
-    "step takes."
-)
 
 
 def main(argv) -> int:
@@ -88,19 +80,8 @@ def main(argv) -> int:
     except UserError as error:
         return hosts.leave(options.fail(str(error)))
     except Exception as error:
-        if _is_of_no_place(error):
-            told = f"{error}; what was saved before is whole: make room and run the same command."
-            return hosts.leave(options.fail(told))
-        if isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error):
-            others = ", or another process, whose log says more," * jax.distributed.is_initialized()
-            told = f"a disk or store{others} did not answer in time; what was saved before is whole"
-            return hosts.leave(options.fail(f"{told} ({str(error).partition(chr(10))[0][:200]})"))
-        if isinstance(error, PermissionError):
-            told = f"{error}; you lack the right to use it (chmod, or another folder)."
-            return hosts.leave(options.fail(told))
-        if "RESOURCE_EXHAUSTED" in str(error):
-            told = str(error).splitlines()[0][:200].rstrip(".")
-            return hosts.leave(options.fail(f"{told}. {_OUT_OF_MEMORY}"))
+        if fault := fault_of_the_machine(error):
+            return hosts.leave(options.fail(fault))
         if jax.distributed.is_initialized():
             traceback.print_exc()
             hosts.leave(1)
@@ -236,13 +217,6 @@ def _summarise(workdirs: list[Path]) -> None:
     if options.OUTPUT.value:
         seeds.write_over_seeds(options.OUTPUT.value, means)
         print(f"\nsummary     {as_path(options.OUTPUT.value) / 'summary.json'}")
-
-
-def _is_of_no_place(error: Exception) -> bool:
-    """Whether a disk is full. TensorStore calls it exhausted, as XLA does memory, and says why."""
-    if isinstance(error, OSError):
-        return error.errno in _NO_PLACE
-    return any(f"os_error_code='{code}'" in str(error) for code in _NO_PLACE)
 
 
 def _log_to_terminal() -> None:

@@ -68,7 +68,6 @@ def train(config, workdir, store: SliceStore, scored: bool = True) -> bool:
             f"train.classifier_warmup_steps={config.train.classifier_warmup_steps}: expected fewer "
             f"than the run's {steps} steps, or nothing but the classifier would learn."
         )
-
     for field, begins in (
         ("train.warmup_steps", config.train.warmup_steps),
         ("consistency.start_step", config.consistency.start_step * (config.consistency.weight > 0)),

@@ -26,7 +26,7 @@ LAYERS = [
     {"config", "config_files", "presets", "weights"},
     {"models", "data"},
     {"hosts", "sharding"},
-    {"errors", "flops", "compilation"},
+    {"errors", "faults", "flops", "compilation"},
 ]
 RANK = {name: rank for rank, layer in enumerate(reversed(LAYERS)) for name in layer}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -46,8 +46,8 @@ def system_rules(config) -> Iterator[tuple[str, bool, str]]:
         least = _multiple(config)
         yield "data.size", config.data.size % least == 0, f"a multiple of {least}"
     if system == "nnunet" and not model.widths:
-        planned = len(nnunet_widths(config.data.size, config.data.size))
-        yield "data.size", planned >= 2, "an even number, from 8 on, that maps can be halved by,"
+        halved = least > 1  # once at least by the planner
+        yield "data.size", halved, "an even number, from 8 on, that maps can be halved by,"
     if system == "multimix":
         sizes = config.train.batch_labelled, config.train.batch_unlabelled
         yield (
